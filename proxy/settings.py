@@ -1,0 +1,194 @@
+"""What an operator can set: `config.yaml`, each value overridable by the environment.
+
+A flat setting `port` is `TALLYGATE_PORT`; a member of a section is `TALLYGATE_HOLDS__TTL_S`.
+Only `app` and `cli` read this; every other module gets plain arguments.
+"""
+
+import os
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from proxy.errors import ConfigurationError
+
+
+def _decimal_text(value: object) -> str:
+    """Accept YAML numbers as well as strings, and keep the digits the operator typed."""
+    text = str(value)
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        msg = f"{text!r} is not a decimal number"
+        raise ValueError(msg) from None
+    if not number.is_finite() or number < 0:
+        msg = f"{text!r} must be a finite number of at least 0"
+        raise ValueError(msg)
+    return text
+
+
+DecimalText = Annotated[str, BeforeValidator(_decimal_text)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UpstreamSettings(_Section):
+    """How LiteLLM is spoken to."""
+
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    # Between two bytes of an answer; a reasoning model may think for minutes before the first.
+    read_timeout_s: float = Field(default=600.0, gt=0)
+    max_connections: int = Field(default=2000, ge=1)
+    max_answer_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    max_event_bytes: int = Field(default=16 * 1024 * 1024, ge=1024)
+    # After the client hung up: how much more of the answer is read to learn its price.
+    drain_timeout_s: float = Field(default=120.0, gt=0)
+    drain_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
+    catalog_refresh_s: float = Field(default=30.0, gt=0)
+
+
+class HoldSettings(_Section):
+    """How long money is set aside for a request that has not ended."""
+
+    ttl_s: int = Field(default=900, ge=5)
+    heartbeat_s: float = Field(default=60.0, gt=0)
+    sweep_interval_s: float = Field(default=15.0, gt=0)
+    # A hold is expired only this long after its time, so that the spool of a proxy that was
+    # cut off from PostgreSQL gets to replay what it knows before the sweeper gives up on it.
+    sweep_grace_s: int = Field(default=60, ge=0)
+
+
+class AdmissionSettings(_Section):
+    """How the ceiling of a request is estimated."""
+
+    default_hold_credits: DecimalText = "100"
+    # A clamped answer shorter than this is worth nothing: the client gets a 402 instead.
+    min_output_tokens: int = Field(default=16, ge=1)
+    tokens_per_image: int = Field(default=4096, ge=0)
+    tokens_per_audio_clip: int = Field(default=16384, ge=0)
+    tokens_per_file: int = Field(default=65536, ge=0)
+    principal_cache_s: float = Field(default=5.0, ge=0)
+
+
+class Settings(BaseSettings):
+    """The whole configuration of one service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TALLYGATE_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+    )
+    # Read by `load_settings` before the class can be, so it is an environment name, no field.
+    config_variable: ClassVar[str] = "TALLYGATE_CONFIG"
+    config_file: ClassVar[Path | None] = None
+
+    database_url: SecretStr | None = None
+    litellm_url: str | None = None
+    litellm_key: SecretStr | None = None
+    admin_key: SecretStr | None = None
+    ops_token: SecretStr | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=4000, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=64)
+    data_dir: Path = Path(".tallygate")
+    log_level: str = "INFO"
+
+    credit_usd: DecimalText = "0.001"
+    starter_credits: DecimalText = "1000"
+    default_tier: str = "default"
+    max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
+    shutdown_timeout_s: int = Field(default=120, ge=1)
+    # A stream that the provider cut: void and review (False), or charge what was delivered.
+    charge_cut_streams: bool = False
+
+    upstream: UpstreamSettings = UpstreamSettings()
+    holds: HoldSettings = HoldSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    # Header name -> the provider whose models the key may be used for; "*" for any.
+    byok_headers: dict[str, str] = {
+        "X-Provider-Key": "*",
+        "X-OpenAI-Key": "openai",
+        "X-Anthropic-Key": "anthropic",
+        "X-Google-Key": "gemini",
+    }
+    price_book: dict[str, Any] = {"default": {"kind": "markup", "factor": "2.0"}}
+    litellm: dict[str, Any] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment over the file, the file over the defaults."""
+        del dotenv_settings, file_secret_settings
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if cls.config_file is not None:
+            sources += (YamlConfigSettingsSource(settings_cls, yaml_file=cls.config_file),)
+        return sources
+
+    @property
+    def nanos_per_credit(self) -> int:
+        """What one credit is worth, in nano-USD; a fraction of a nano is refused."""
+        nanos = Decimal(self.credit_usd).scaleb(9)
+        if nanos != int(nanos) or nanos < 1:
+            msg = (
+                f"credit_usd is {self.credit_usd}: it must be a positive, whole number of "
+                "nano-dollars, such as 0.001"
+            )
+            raise ConfigurationError(msg)
+        return int(nanos)
+
+
+def default_config_path() -> Path | None:
+    """`config.yaml` of the working directory, else the one that came with the package."""
+    here = Path(__file__).parent
+    for path in (Path("config.yaml"), here / "config.yaml", here.parent / "config.yaml"):
+        if path.is_file():
+            return path
+    return None
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **overrides: object) -> Settings:
+    """Read file and environment.
+
+    Raises ConfigurationError, whose text names each wrong setting, for a file that can't be
+    read, an unknown name or a value out of range.
+    """
+    named = (environ or os.environ).get(Settings.config_variable)
+    path = Path(named) if named else default_config_path()
+    if named and not Path(named).is_file():
+        msg = f"{Settings.config_variable} names {named}, and there is no such file"
+        raise ConfigurationError(msg)
+
+    class FromFile(Settings):
+        config_file: ClassVar[Path | None] = path
+
+    try:
+        return FromFile(**overrides)  # pyright: ignore[reportArgumentType]
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors(include_input=False)
+        ]
+        msg = f"the configuration ({path or 'no file'}) is wrong:\n" + "\n".join(lines)
+        raise ConfigurationError(msg) from None
+    except yaml.YAMLError as error:
+        msg = f"{path} is not valid YAML: {error}"
+        raise ConfigurationError(msg) from None
