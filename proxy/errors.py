@@ -199,3 +199,5 @@ class MeteringUnavailableError(TallygateError):
 
     status = 503
     code = "metering_unavailable"
+    # Whether the call that failed may have been carried out all the same.
+    is_in_doubt = False

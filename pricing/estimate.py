@@ -1,0 +1,198 @@
+"""The most that a request can cost before it is sent: what its hold has to cover.
+
+A ceiling is an upper bound, not a guess: no price that `charge` can give a request within the
+limits is above it, as long as the provider keeps to its price list. Input tokens are bounded by
+the bytes of the prompt (a token is at least one byte), output tokens by the limit that is sent.
+"""
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from pricing.errors import InvalidAmountError
+from pricing.markup import price_tokens
+from pricing.money import MAX_AMOUNT
+from pricing.price_book import Markup, PerToken, Rule
+from pricing.rating import ClassPrices, ModelPrices
+from pricing.usage import INPUT_CLASSES, OUTPUT_CLASSES, TokenClass
+
+ALL_CLASSES = frozenset(TokenClass)
+
+# What `affordable_output_tokens` answers where output costs nothing and no limit is given.
+MAX_OUTPUT_TOKENS = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The most tokens that a request can use, and their cost; None where a price is missing."""
+
+    input_tokens: int
+    output_tokens: int
+    cost_picos: int | None
+
+
+def possible_classes(
+    *, audio: bool = True, images: bool = True, one_hour_cache: bool = True
+) -> frozenset[TokenClass]:
+    """Return the classes that a request's tokens can fall into.
+
+    Audio and image tokens are dear, and a request without audio and images has none of them.
+    """
+    impossible: set[TokenClass] = set()
+    if not audio:
+        impossible |= {TokenClass.AUDIO_INPUT, TokenClass.AUDIO_OUTPUT}
+    if not images:
+        impossible |= {TokenClass.IMAGE_INPUT, TokenClass.IMAGE_OUTPUT}
+    if not one_hour_cache:
+        impossible.add(TokenClass.CACHE_CREATION_1H)
+    return ALL_CLASSES - impossible
+
+
+def ceiling_usage(
+    prices: ModelPrices | None,
+    *,
+    prompt_bytes: int,
+    attachment_tokens: int = 0,
+    max_input_tokens: int | None,
+    output_limit: int,
+    n: int = 1,
+    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    searches: int = 0,
+) -> Ceiling:
+    """Bound the tokens of a request.
+
+    `prompt_bytes` are the UTF-8 bytes that can become tokens, `attachment_tokens` the allowance
+    for images, sound and files, `max_input_tokens` the model's context window (None or 0:
+    unknown), `output_limit` the tokens that each of the `n` choices may have.
+    """
+    input_tokens = prompt_bytes + attachment_tokens
+    if max_input_tokens:
+        input_tokens = min(input_tokens, max_input_tokens)
+    output_tokens = n * output_limit
+    cost_picos = ceiling_cost(
+        prices, input_tokens, output_tokens, classes=classes, searches=searches
+    )
+    return Ceiling(input_tokens, output_tokens, cost_picos)
+
+
+def ceiling_cost(
+    prices: ModelPrices | None,
+    input_tokens: int,
+    output_tokens: int,
+    *,
+    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    searches: int = 0,
+) -> int | None:
+    """Return the most that so many tokens can cost, in picos; None where a price is missing.
+
+    Every token is taken at the dearest price of its side, in the dearest tier that a prompt of
+    up to so many tokens can reach: a lower tier is not always the cheaper one.
+    """
+    if prices is None:
+        return None
+    tables = [prices.tokens]
+    tables += [tier.prices for tier in prices.tiers if input_tokens > tier.above_tokens]
+    cost_picos = searches * prices.search
+    for tokens, side in (
+        (input_tokens, INPUT_CLASSES),
+        (output_tokens, OUTPUT_CLASSES),
+    ):
+        dearest = _dearest_price(tables, side & classes)
+        if tokens and dearest is None:
+            return None
+        cost_picos += tokens * (dearest or 0)
+    return cost_picos
+
+
+def ceiling_price(
+    rule: Rule,
+    prices: ModelPrices | None,
+    input_tokens: int,
+    output_tokens: int,
+    *,
+    nanos_per_credit: int,
+    default_hold_nanos: int,
+    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    searches: int = 0,
+) -> int:
+    """Return the most that so many tokens can be sold for, in nanos, and at most MAX_AMOUNT.
+
+    Where the price depends on a cost that nothing bounds it is `default_hold_nanos`, or what the
+    rule takes in any case if that is more.
+    """
+    cost_picos = ceiling_cost(
+        prices, input_tokens, output_tokens, classes=classes, searches=searches
+    )
+    tokens = _dearest_tokens(rule, input_tokens, output_tokens, classes)
+    try:
+        price_nanos = price_tokens(rule, cost_picos or 0, tokens, nanos_per_credit).price_nanos
+    except InvalidAmountError:
+        # Beyond what the ledger can hold: `charge` refuses it as well.
+        return MAX_AMOUNT
+    depends_on_cost = isinstance(rule.terms, Markup) or not rule.allow_loss
+    if cost_picos is None and depends_on_cost:
+        return max(price_nanos, default_hold_nanos)
+    return price_nanos
+
+
+def affordable_output_tokens(
+    rule: Rule,
+    prices: ModelPrices | None,
+    input_tokens: int,
+    n: int,
+    *,
+    available_nanos: int,
+    nanos_per_credit: int,
+    max_output_tokens: int = MAX_OUTPUT_TOKENS,
+    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    searches: int = 0,
+) -> int:
+    """Return the largest output limit for each of `n` choices whose ceiling price is available.
+
+    0 where not one token is affordable, or where nothing bounds the cost; at most
+    `max_output_tokens`, which is the answer where output is free.
+    """
+
+    def is_affordable(limit: int) -> bool:
+        price_nanos = ceiling_price(
+            rule,
+            prices,
+            input_tokens,
+            n * limit,
+            nanos_per_credit=nanos_per_credit,
+            # Never affordable: no limit on the output bounds an unknown price.
+            default_hold_nanos=MAX_AMOUNT,
+            classes=classes,
+            searches=searches,
+        )
+        return price_nanos <= min(available_nanos, MAX_AMOUNT - 1)
+
+    # The ceiling never falls as the output grows: the last affordable limit is found by halves.
+    affordable, beyond = 0, max_output_tokens + 1
+    while beyond - affordable > 1:
+        middle = (affordable + beyond) // 2
+        if is_affordable(middle):
+            affordable = middle
+        else:
+            beyond = middle
+    return affordable
+
+
+def _dearest_price(tables: Iterable[ClassPrices], classes: AbstractSet[TokenClass]) -> int | None:
+    return max(
+        (price for table in tables for name, price in table.items() if name in classes),
+        default=None,
+    )
+
+
+def _dearest_tokens(
+    rule: Rule, input_tokens: int, output_tokens: int, classes: AbstractSet[TokenClass]
+) -> Mapping[TokenClass, int]:
+    """Put all tokens of each side into the class that the rule sells dearest."""
+    terms = rule.terms
+    if not isinstance(terms, PerToken):
+        return {}
+    return {
+        max(sorted(INPUT_CLASSES & classes), key=terms.nanocredits_of): input_tokens,
+        max(sorted(OUTPUT_CLASSES & classes), key=terms.nanocredits_of): output_tokens,
+    }

@@ -1,0 +1,185 @@
+"""What a request used, in tokens by class.
+
+Providers report wholes (`input_tokens`, `output_tokens`) and parts of them (cached, reasoning,
+audio …) that may overlap: a cached token can be an audio token too. `Usage` keeps what was
+reported; `by_class` cuts it into classes that do not overlap and add up to the wholes, and both
+the cost and the price are computed from those.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Self
+
+from pricing.errors import UsageUnknownError
+from pricing.money import is_count
+
+# No model reads or writes two billion tokens in a request: such a report is garbage.
+MAX_TOKENS = 2**31 - 1
+
+
+class TokenClass(StrEnum):
+    """The classes that tokens are priced by; the names are those of the price book."""
+
+    INPUT = "input"
+    CACHED_INPUT = "cached_input"
+    CACHE_CREATION = "cache_creation"
+    CACHE_CREATION_1H = "cache_creation_1h"
+    AUDIO_INPUT = "audio_input"
+    IMAGE_INPUT = "image_input"
+    OUTPUT = "output"
+    REASONING = "reasoning"
+    AUDIO_OUTPUT = "audio_output"
+    IMAGE_OUTPUT = "image_output"
+
+
+OUTPUT_CLASSES = frozenset(
+    {
+        TokenClass.OUTPUT,
+        TokenClass.REASONING,
+        TokenClass.AUDIO_OUTPUT,
+        TokenClass.IMAGE_OUTPUT,
+    }
+)
+INPUT_CLASSES = frozenset(TokenClass) - OUTPUT_CLASSES
+
+# A class without a price of its own is priced as this one: an unnamed kind of input token is an
+# input token. LiteLLM resolves its price map the same way.
+FALLBACK_CLASS: Mapping[TokenClass, TokenClass] = MappingProxyType(
+    {
+        TokenClass.CACHED_INPUT: TokenClass.INPUT,
+        TokenClass.CACHE_CREATION: TokenClass.INPUT,
+        TokenClass.CACHE_CREATION_1H: TokenClass.CACHE_CREATION,
+        TokenClass.AUDIO_INPUT: TokenClass.INPUT,
+        TokenClass.IMAGE_INPUT: TokenClass.INPUT,
+        TokenClass.REASONING: TokenClass.OUTPUT,
+        TokenClass.AUDIO_OUTPUT: TokenClass.OUTPUT,
+        TokenClass.IMAGE_OUTPUT: TokenClass.OUTPUT,
+    }
+)
+
+_PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "cached_input_tokens": "input_tokens",
+        "cache_creation_tokens": "input_tokens",
+        "cache_creation_1h_tokens": "cache_creation_tokens",
+        "audio_input_tokens": "input_tokens",
+        "image_input_tokens": "input_tokens",
+        "reasoning_tokens": "output_tokens",
+        "audio_output_tokens": "output_tokens",
+        "image_output_tokens": "output_tokens",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one request; every count is at least 0 and no part exceeds its whole.
+
+    `input_tokens` are all prompt tokens, with the cached, cache-creating, audio and image ones
+    in it; `cache_creation_tokens` has the one-hour ones in it; `output_tokens` are all completion
+    tokens, with the reasoning, audio and image ones in it. `images` counts generated pictures.
+    """
+
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_creation_tokens: int = 0
+    cache_creation_1h_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+    image_input_tokens: int = 0
+    image_output_tokens: int = 0
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, with UsageUnknownError."""
+        counts = self._counts()
+        for name, count in counts.items():
+            if not is_count(count) or count > MAX_TOKENS:
+                raise UsageUnknownError(f"{name} must be an integer between 0 and {MAX_TOKENS}")
+        for part, whole in _PARTS.items():
+            if counts[part] > counts[whole]:
+                raise UsageUnknownError(
+                    f"{part} is {counts[part]}, more than the {counts[whole]} {whole}"
+                )
+
+    @classmethod
+    def checked(cls, **counts: object) -> Self:
+        """Build from values of any type; UsageUnknownError where one can't be a count."""
+        return cls.from_dict(counts)
+
+    @classmethod
+    def clamped(cls, **counts: int) -> Self:
+        """Build from a provider's report, cutting every part down to its whole."""
+        kept = dict(counts)
+        for part, whole in _PARTS.items():
+            if part in kept:
+                kept[part] = min(kept[part], kept.get(whole, 0))
+        return cls.from_dict(kept)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, object]) -> Self:
+        """Read what `as_dict` wrote; UsageUnknownError for unknown names or impossible counts."""
+        unknown = sorted(set(document) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UsageUnknownError(f"unknown usage fields: {', '.join(unknown)}")
+        # The type of each value is checked on construction, with the same error.
+        return cls(**document)  # pyright: ignore[reportArgumentType]
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts that are not 0, and always the two wholes; JSON-able."""
+        wholes = ("input_tokens", "output_tokens")
+        return {name: n for name, n in self._counts().items() if n or name in wholes}
+
+    @property
+    def total_tokens(self) -> int:
+        """All tokens, in and out."""
+        return self.input_tokens + self.output_tokens
+
+    def by_class(self) -> dict[TokenClass, int]:
+        """Cut the tokens into classes that do not overlap; classes without tokens are left out.
+
+        Where parts overlap a token counts once, in the class that comes first below: cache
+        creation, which is dearest, before cache reads; the cache before the modality, as
+        LiteLLM does. What no part claims is plain input or plain output.
+        """
+        tokens = _cut(
+            self.input_tokens,
+            (
+                (TokenClass.CACHE_CREATION_1H, self.cache_creation_1h_tokens),
+                (
+                    TokenClass.CACHE_CREATION,
+                    self.cache_creation_tokens - self.cache_creation_1h_tokens,
+                ),
+                (TokenClass.CACHED_INPUT, self.cached_input_tokens),
+                (TokenClass.AUDIO_INPUT, self.audio_input_tokens),
+                (TokenClass.IMAGE_INPUT, self.image_input_tokens),
+                (TokenClass.INPUT, self.input_tokens),
+            ),
+        )
+        return tokens | _cut(
+            self.output_tokens,
+            (
+                (TokenClass.AUDIO_OUTPUT, self.audio_output_tokens),
+                (TokenClass.IMAGE_OUTPUT, self.image_output_tokens),
+                (TokenClass.REASONING, self.reasoning_tokens),
+                (TokenClass.OUTPUT, self.output_tokens),
+            ),
+        )
+
+    def _counts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _cut(whole: int, parts: tuple[tuple[TokenClass, int], ...]) -> dict[TokenClass, int]:
+    """Give each part what is left of the whole, in order."""
+    tokens: dict[TokenClass, int] = {}
+    for token_class, count in parts:
+        taken = min(count, whole)
+        if taken:
+            tokens[token_class] = taken
+            whole -= taken
+    return tokens

@@ -1,0 +1,1 @@
+"""HTTP: the data plane, the account and admin APIs, and what operations look at."""

@@ -1,0 +1,151 @@
+"""The models that LiteLLM offers, with their prices and limits, as it last told us.
+
+Read at start and at intervals. While LiteLLM is away the last answer goes on being used, and it is
+kept on disk, so that a proxy that starts without LiteLLM knows its models too.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pricing.errors import PricingError
+from pricing.rating import ModelPrices, merge_ceiling, parse_model_prices
+from proxy.control import CONTROL_ERRORS, LiteLLMControl
+from proxy.metrics import CATALOG_AGE_SECONDS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One name that customers can ask for; several deployments may stand behind it.
+
+    `prices` are the dearest of them, None where any has no price; `provider` is None where they
+    differ.
+    """
+
+    name: str
+    prices: ModelPrices | None
+    max_input_tokens: int | None
+    max_output_tokens: int | None
+    mode: str | None
+    provider: str | None
+    supports_reasoning: bool
+
+
+class Catalog:
+    """Looks models up; `run` keeps it fresh."""
+
+    def __init__(self, control: LiteLLMControl, cache: Path | None) -> None:
+        self._control = control
+        self._cache = cache
+        self._models: dict[str, Model] = {}
+        self._read_at: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether LiteLLM, or the copy on disk, ever told what there is."""
+        return bool(self._models)
+
+    def get(self, name: str) -> Model | None:
+        """Find a model by the name that customers use."""
+        return self._models.get(name)
+
+    def all(self) -> list[Model]:
+        """Every model, by name."""
+        return sorted(self._models.values(), key=lambda model: model.name)
+
+    async def refresh(self) -> bool:
+        """Read from LiteLLM; False, with everything as it was, where it does not answer."""
+        try:
+            rows = await self._control.models()
+            models = read_models(rows)
+        except CONTROL_ERRORS as error:
+            log.warning("catalog not refreshed", extra={"error": type(error).__name__})
+            return False
+        self._models = models
+        self._read_at = time.monotonic()
+        if self._cache is not None:
+            await asyncio.to_thread(_write, self._cache, msgspec.json.encode(rows))
+        return True
+
+    def load_cache(self) -> None:
+        """Take the copy on disk, if there is one that can be read."""
+        if self._cache is None or not self._cache.exists():
+            return
+        try:
+            self._models = read_models(msgspec.json.decode(self._cache.read_bytes()))
+        except (*CONTROL_ERRORS, msgspec.DecodeError) as error:
+            log.warning("catalog cache ignored", extra={"error": str(error)})
+
+    async def run(self, *, interval_s: float) -> None:
+        """Refresh until cancelled; soon again while LiteLLM has never answered."""
+        while True:
+            await asyncio.sleep(interval_s if self._read_at is not None else min(1, interval_s))
+            await self.refresh()
+            if self._read_at is not None:
+                CATALOG_AGE_SECONDS.set(time.monotonic() - self._read_at)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def read_models(rows: Sequence[Mapping[str, Any]]) -> dict[str, Model]:
+    """Read `/model/info`: one entry a deployment, several of one name make one model."""
+    deployments: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for row in rows:
+        deployments.setdefault(str(row["model_name"]), []).append(
+            (row.get("model_info") or {}, row.get("litellm_params") or {})
+        )
+    return {name: _model(name, found) for name, found in deployments.items()}
+
+
+def _model(
+    name: str, deployments: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> Model:
+    infos = [info for info, _ in deployments]
+    providers = {_provider(info, params) for info, params in deployments}
+    return Model(
+        name=name,
+        prices=merge_ceiling([_prices(name, info) for info in infos]),
+        max_input_tokens=_largest(infos, "max_input_tokens"),
+        max_output_tokens=_largest(infos, "max_output_tokens", "max_tokens"),
+        mode=next((str(info["mode"]) for info in infos if info.get("mode")), None),
+        provider=providers.pop() if len(providers) == 1 else None,
+        supports_reasoning=any(info.get("supports_reasoning") for info in infos),
+    )
+
+
+def _prices(name: str, info: Mapping[str, Any]) -> ModelPrices | None:
+    try:
+        return parse_model_prices(info)
+    except PricingError as error:
+        # A price that can't be read is no price: the model's calls go to review.
+        log.warning("price ignored", extra={"model": name, "error": str(error)})
+        return None
+
+
+def _largest(infos: Sequence[Mapping[str, Any]], *names: str) -> int | None:
+    """Return the largest limit among the deployments; None if one of them names none."""
+    limits = [next((info[name] for name in names if info.get(name)), None) for info in infos]
+    known = [int(limit) for limit in limits if limit is not None]
+    return max(known) if known and len(known) == len(limits) else None
+
+
+def _provider(info: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
+    if params.get("custom_llm_provider"):
+        return str(params["custom_llm_provider"])
+    prefix, slash, _ = str(params.get("model") or "").partition("/")
+    if slash:
+        return prefix
+    provider = info.get("litellm_provider")
+    return str(provider) if provider else None

@@ -1,0 +1,207 @@
+"""PostgreSQL: connections that act as the unprivileged role, and the schema's version.
+
+Whatever login the service is given, its connections work as `tallygate_app`, which may read, and
+write only through the functions of `schema.sql`. A login that is a plain member of that role is
+left as it is, so that a transaction pooler such as PgBouncer, which keeps no `SET ROLE`, works.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, LiteralString, cast
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.rows import TupleRow
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from proxy.errors import ConfigurationError, MeteringUnavailableError
+
+SCHEMA_VERSION = 1
+
+_CONNECT_OPTIONS: dict[str, Any] = {
+    "autocommit": True,
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "application_name": "tallygate",
+}
+
+# What a lost or refusing server looks like; anything else is an error of ours.
+CONNECTION_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError)
+
+
+async def _configure(connection: AsyncConnection[TupleRow]) -> None:
+    await connection.execute("SET search_path = tallygate, pg_temp")
+    await connection.execute("SET idle_in_transaction_session_timeout = '30s'")
+    cursor = await connection.execute(
+        "SELECT has_table_privilege('tallygate.entries', 'UPDATE')"
+        " OR has_table_privilege('tallygate.balances', 'UPDATE')"
+    )
+    row = await cursor.fetchone()
+    if row is not None and row[0]:
+        await connection.execute("SET ROLE tallygate_app")
+
+
+def make_pool(url: str, *, max_size: int = 8) -> AsyncConnectionPool[AsyncConnection[TupleRow]]:
+    """A closed pool for reads and rare writes; a broken connection is never handed out."""
+    return AsyncConnectionPool(
+        url,
+        min_size=1,
+        max_size=max_size,
+        timeout=5,
+        max_idle=300,
+        reconnect_timeout=60,
+        open=False,
+        kwargs=_CONNECT_OPTIONS,
+        configure=_configure,
+        check=AsyncConnectionPool.check_connection,
+        name="tallygate",
+    )
+
+
+Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
+
+
+class Session:
+    """One connection that opens when it is first needed, and again after it broke.
+
+    For callers that issue one statement at a time and can repeat it. `fetch` raises one of
+    CONNECTION_ERRORS where the server is away or silent for `timeout_s`.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._connection: AsyncConnection[TupleRow] | None = None
+        # Whether the last failed statement may have been carried out all the same.
+        self.is_in_doubt = False
+
+    async def fetch(self, query: LiteralString, parameters: Sequence[object]) -> list[TupleRow]:
+        """Run one statement in a transaction of its own and return its rows."""
+        self.is_in_doubt = False
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = self._connection or await self._connect()
+                self.is_in_doubt = True
+                cursor = await connection.execute(query, parameters, prepare=True)
+                return await cursor.fetchall()
+        except (*CONNECTION_ERRORS, asyncio.CancelledError):
+            # The state of the connection is unknown: a late answer must not be read as the next.
+            await self.close()
+            raise
+
+    async def _connect(self) -> AsyncConnection[TupleRow]:
+        connection = await AsyncConnection.connect(self._url, **_CONNECT_OPTIONS)
+        try:
+            await _configure(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    async def close(self) -> None:
+        """Close the connection, if there is one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+
+def unavailable(*, is_in_doubt: bool = False) -> MeteringUnavailableError:
+    """What a customer hears while PostgreSQL is away."""
+    error = MeteringUnavailableError(
+        "The ledger can't be reached, so nothing can be metered or charged now. "
+        "Nothing was charged; try again shortly.",
+        retry_after_s=2,
+    )
+    error.is_in_doubt = is_in_doubt
+    return error
+
+
+# -------------------------------------------------------------------------------------------------
+# The schema
+# -------------------------------------------------------------------------------------------------
+
+
+def _schema_file(name: str) -> Path:
+    """Find a file that the wheel holds beside this module and the repository one level up."""
+    here = Path(__file__).parent
+    packaged = here / name
+    return packaged if packaged.exists() else here.parent / name
+
+
+def schema_version(connection: psycopg.Connection[Any]) -> int | None:
+    """Version of the schema in this database; None where there is none."""
+    row = connection.execute("SELECT to_regclass('tallygate.meta')").fetchone()
+    if row is None or row[0] is None:
+        return None
+    row = connection.execute(
+        "SELECT value::integer FROM tallygate.meta WHERE name = 'schema_version'"
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def pending_migrations(directory: Path, version: int) -> list[tuple[int, Path]]:
+    """Migrations above `version`, in order; their names begin with the version they lead to."""
+    found = [
+        (int(match.group(1)), path)
+        for path in directory.glob("*.sql")
+        if (match := re.match(r"(\d{4})_", path.name))
+    ]
+    return sorted(item for item in found if item[0] > version)
+
+
+def migrate(url: str, *, migrations: Path | None = None) -> tuple[int | None, int]:
+    """Bring the database to this version's schema, all or nothing; returns (before, after).
+
+    Loads `schema.sql` into an empty database, applies the migrations above its version to any
+    other. Safe to run from several places at once. Raises ConfigurationError where the database is
+    newer than this program.
+    """
+    directory = migrations or Path(__file__).parent / "migrations"
+    with psycopg.connect(url, connect_timeout=10) as connection:
+        # An application-wide number: two migrations of one database must not interleave.
+        connection.execute("SELECT pg_advisory_xact_lock(7411209)")
+        before = schema_version(connection)
+        if before is None:
+            _run_script(connection, _schema_file("schema.sql"))
+            return None, SCHEMA_VERSION
+        steps = pending_migrations(directory, before)
+        for version, path in steps:
+            _run_script(connection, path)
+            connection.execute(
+                "UPDATE tallygate.meta SET value = %s WHERE name = 'schema_version'",
+                (str(version),),
+            )
+        after = steps[-1][0] if steps else before
+        if migrations is None and after != SCHEMA_VERSION:
+            msg = (
+                f"the database has schema version {after}, this program needs {SCHEMA_VERSION}: "
+                "install the newer release"
+            )
+            raise ConfigurationError(msg)
+        return before, after
+
+
+def _run_script(connection: psycopg.Connection[Any], path: Path) -> None:
+    # The text is our own file, which is as trusted as this code.
+    script = sql.SQL(cast("LiteralString", path.read_text("utf-8")))
+    connection.execute(script)
+
+
+def require_schema(url: str) -> None:
+    """Raise ConfigurationError unless the database has exactly this program's schema."""
+    try:
+        with psycopg.connect(url, connect_timeout=10) as connection:
+            found = schema_version(connection)
+    except psycopg.OperationalError as error:
+        msg = f"PostgreSQL at TALLYGATE_DATABASE_URL can't be reached: {str(error).strip()}"
+        raise ConfigurationError(msg) from None
+    if found != SCHEMA_VERSION:
+        has = "no Tallygate schema" if found is None else f"schema version {found}"
+        msg = f"the database has {has}, this program needs {SCHEMA_VERSION}: run `tallygate migrate`"
+        raise ConfigurationError(msg)

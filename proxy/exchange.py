@@ -1,0 +1,163 @@
+"""One HTTP request and its answer, straight on ASGI.
+
+The relay needs to hold the end of an answer back until it is settled, to know when the client has
+gone, and to spend nothing on what it does not use. So the data plane works on this, and nothing in
+it runs after the answer is complete.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from proxy.errors import InvalidRequestError, RequestTooLargeError, TallygateError
+from proxy.ids import uuid7
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# How much of a refused body is read on, so that a client that is still sending gets the answer
+# rather than a reset connection.
+_REFUSED_BODY_BYTES = 32 * 1024 * 1024
+
+
+class Exchange:
+    """Reads the request once, answers it once."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self.request_id: UUID = uuid7()
+        # The first of several equal names counts, as it does for the SDKs' own servers.
+        self._headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            self._headers.setdefault(name, value)
+        self.status: int | None = None
+        self.is_streaming = False
+        self.is_gone = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    def header(self, name: bytes) -> str | None:
+        """Return a request header by its lower-case name."""
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    @property
+    def virtual_key(self) -> str | None:
+        """The key of `Authorization: Bearer` or `x-api-key`; None if neither holds one."""
+        authorization = self.header(b"authorization")
+        if authorization is not None:
+            scheme, _, key = authorization.partition(" ")
+            if scheme.lower() == "bearer" and key.strip():
+                return key.strip()
+        return (self.header(b"x-api-key") or "").strip() or None
+
+    async def read_body(self, limit: int) -> bytes:
+        """Read the whole body; RequestTooLargeError above `limit` bytes."""
+        declared = self._headers.get(b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > limit:
+            await self._discard(0)
+            raise _too_large(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                self.is_gone = True
+                msg = "The connection ended before the request was complete."
+                raise InvalidRequestError(msg)
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                if message.get("more_body", False):
+                    await self._discard(size)
+                raise _too_large(limit)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _discard(self, size: int) -> None:
+        while size <= _REFUSED_BODY_BYTES:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                self.is_gone = True
+                return
+            size += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
+
+    async def respond(
+        self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """Send a whole answer."""
+        self.status = status
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    *headers,
+                    (b"content-length", b"%d" % len(body)),
+                    (b"x-request-id", str(self.request_id).encode()),
+                ],
+            }
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def respond_json(
+        self, status: int, content: object, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a JSON answer."""
+        pairs = [(b"content-type", b"application/json")]
+        pairs += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        await self.respond(status, msgspec.json.encode(content), pairs)
+
+    async def respond_error(self, error: TallygateError) -> None:
+        """Send an error in OpenAI's shape."""
+        await self.respond_json(error.status, error.body(), error.response_headers())
+
+    async def start(
+        self, headers: Iterable[tuple[bytes, bytes]], on_gone: Callable[[], None]
+    ) -> None:
+        """Begin a streamed answer; `on_gone` is called once if the client hangs up before its end."""
+        self.status = 200
+        self.is_streaming = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [*headers, (b"x-request-id", str(self.request_id).encode())],
+            }
+        )
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(on_gone))
+
+    async def _watch(self, on_gone: Callable[[], None]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.is_gone = True
+        on_gone()
+
+    async def write(self, chunk: bytes) -> None:
+        """Send a part; waits while the client does not take it, nothing once it is gone."""
+        if not self.is_gone:
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def finish(self, tail: bytes) -> None:
+        """Send the last part of a streamed answer and end it."""
+        self.stop_watching()
+        await self._send({"type": "http.response.body", "body": tail})
+
+    def stop_watching(self) -> None:
+        """End the watch for the client's hanging up."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+
+def _too_large(limit: int) -> RequestTooLargeError:
+    msg = f"The request body is larger than {limit} bytes, which is the most that is accepted."
+    return RequestTooLargeError(msg)

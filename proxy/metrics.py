@@ -1,0 +1,69 @@
+"""Every metric, declared once.
+
+No label holds an account or a key: their number is unbounded and they are nobody's business. A
+`model` label is a name from the catalog or "unknown". With several workers each process writes
+its own files in PROMETHEUS_MULTIPROC_DIR, and a scrape of any of them sums up all.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+REQUESTS = Counter(
+    "tallygate_requests", "Requests by outcome", ["endpoint", "model", "status"]
+)
+REQUEST_SECONDS = Histogram(
+    "tallygate_request_seconds",
+    "From the request's first byte to its answer's last",
+    ["endpoint", "model", "status"],
+    buckets=_LATENCY,
+)
+FIRST_BYTE_SECONDS = Histogram(
+    "tallygate_first_byte_seconds",
+    "From the request's first byte to its answer's first",
+    ["endpoint", "model"],
+    buckets=_LATENCY,
+)
+BATCH_SIZE = Histogram(
+    "tallygate_batch_size",
+    "Items in one call of the ledger",
+    ["call"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+)
+LEDGER_SECONDS = Histogram(
+    "tallygate_ledger_seconds",
+    "One call of the ledger, commit included",
+    ["call"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
+)
+SETTLEMENTS = Counter("tallygate_settlements", "Settlements by what the ledger said", ["outcome"])
+SETTLEMENTS_SPOOLED = Counter(
+    "tallygate_settlements_spooled", "Settlements that went to the local spool"
+)
+SETTLEMENTS_REJECTED = Counter(
+    "tallygate_settlements_rejected",
+    "Settlements that the database refused and that were set aside; each needs a human",
+)
+UPSTREAM_ERRORS = Counter("tallygate_upstream_errors", "Failures of LiteLLM or beyond", ["code"])
+REVIEWS = Counter("tallygate_reviews", "Requests put up for review", ["reason"])
+# Money is exact in the ledger; these are floats for graphs.
+SOLD_USD = Counter("tallygate_sold_usd", "What customers were charged, in US dollars")
+SOLD_CREDITS = Counter("tallygate_sold_credits", "What customers were charged, in credits")
+PROVIDER_COST_USD = Counter(
+    "tallygate_provider_cost_usd", "What providers charged for it, in US dollars"
+)
+MARGIN_USD = Gauge(
+    "tallygate_margin_usd", "Sold less provider cost, in US dollars", multiprocess_mode="sum"
+)
+OVERDRAFT_USD = Counter(
+    "tallygate_overdraft_usd", "Charges beyond what was available, in US dollars"
+)
+STREAMS_OPEN = Gauge(
+    "tallygate_requests_in_flight", "Requests being relayed", multiprocess_mode="livesum"
+)
+CATALOG_AGE_SECONDS = Gauge(
+    "tallygate_catalog_age_seconds",
+    "Since the models and prices were last read from LiteLLM",
+    multiprocess_mode="livemax",
+)
+HOLDS_EXPIRED = Counter("tallygate_holds_expired", "Holds that the sweeper gave up on")

@@ -1,0 +1,185 @@
+"""The relay: authenticate, admit, forward, meter, settle.
+
+Whatever happens after the hold is placed, the request is settled exactly once before the last bytes
+of its answer leave; if this process dies first, the hold is left to the sweeper.
+"""
+
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxy import firewall, metering, metrics
+from proxy.admission import Admission, Admitted
+from proxy.errors import TallygateError, UpstreamError, UpstreamProtocolError
+from proxy.exchange import Exchange
+from proxy.ledger import Settlement
+from proxy.metering import Reading
+from proxy.settlement import Settler
+from proxy.streaming import StreamRelay
+from proxy.sweeper import Heartbeat
+from proxy.upstream import Upstream, UpstreamAnswer
+from proxy.wire.chat_answer import read_chat_answer
+from proxy.wire.chat_request import ChatRequest, parse_chat_request, upstream_body
+
+log = logging.getLogger("tallygate.request")
+
+_PATH = "/v1/chat/completions"
+_ENDPOINT = "chat.completions"
+_OK = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """The relay's settings: bytes, and what to do with an answer that was cut."""
+
+    max_body_bytes: int
+    max_answer_bytes: int
+    charge_cut_streams: bool
+
+
+class Relay:
+    """Serves chat completions."""
+
+    def __init__(
+        self,
+        *,
+        admission: Admission,
+        upstream: Upstream,
+        settler: Settler,
+        heartbeat: Heartbeat,
+        streams: StreamRelay,
+        master_key: str,
+        limits: RelayLimits,
+    ) -> None:
+        self._admission = admission
+        self._upstream = upstream
+        self._settler = settler
+        self._heartbeat = heartbeat
+        self._streams = streams
+        self._master_key = master_key
+        self._limits = limits
+
+    async def chat(self, exchange: Exchange) -> None:
+        """Answer one chat completion, or the error that it ends in."""
+        started = time.monotonic()
+        model = "unknown"
+        metrics.STREAMS_OPEN.inc()
+        try:
+            request = parse_chat_request(await exchange.read_body(self._limits.max_body_bytes))
+            fields = firewall.check_body(request.fields)
+            admitted = await self._admission.admit(
+                exchange.request_id, exchange.virtual_key, request, exchange.header
+            )
+            model = admitted.model.name
+            account_id = admitted.principal.account_id
+            self._heartbeat.add(account_id, exchange.request_id)
+            try:
+                await self._forward(exchange, request, fields, admitted, started)
+            finally:
+                self._heartbeat.remove(exchange.request_id)
+        except TallygateError as error:
+            if isinstance(error, UpstreamError):
+                metrics.UPSTREAM_ERRORS.labels(error.code).inc()
+            if exchange.status is not None:
+                raise  # the answer has begun: all that is left is to break it off
+            await exchange.respond_error(error)
+        finally:
+            metrics.STREAMS_OPEN.dec()
+            self._account_for(exchange, model, started)
+
+    async def _forward(
+        self,
+        exchange: Exchange,
+        request: ChatRequest,
+        fields: Mapping[str, Any],
+        admitted: Admitted,
+        started: float,
+    ) -> None:
+        reading = Reading()
+        body = upstream_body(
+            request,
+            fields=dict(fields),
+            output_limit=admitted.clamped_output,
+            api_key=admitted.provider_key,
+        )
+        headers = firewall.upstream_headers(str(exchange.request_id), self._master_key)
+        try:
+            answer = await self._upstream.post(_PATH, body, headers)
+            try:
+                reading.upstream_status = answer.status
+                if answer.status != _OK:
+                    raise await self._upstream.failure(answer, is_byok=admitted.is_byok)
+                if request.stream:
+                    await self._streams.relay(exchange, request, admitted, answer, reading, started)
+                else:
+                    await self._whole(exchange, admitted, answer, reading, started)
+            finally:
+                answer.close()
+        except TallygateError as error:
+            if reading.duration_ms is None:  # not settled yet
+                reading.error_code = error.code
+                reading.duration_ms = _ms_since(started)
+                await self._settler.settle(metering.void(admitted, reading))
+            raise
+
+    async def _whole(
+        self,
+        exchange: Exchange,
+        admitted: Admitted,
+        answer: UpstreamAnswer,
+        reading: Reading,
+        started: float,
+    ) -> None:
+        body = await answer.read(self._limits.max_answer_bytes)
+        chat = read_chat_answer(body)
+        if not chat.is_valid:
+            msg = "The provider's answer could not be understood. Nothing was charged."
+            raise UpstreamProtocolError(msg)
+        reading.cost_text = answer.headers.get("x-litellm-response-cost")
+        reading.cost_source = "header"
+        reading.usage = chat.usage
+        reading.model_answered = chat.model
+        reading.first_byte_ms = reading.duration_ms = _ms_since(started)
+        settlement = metering.settle(
+            admitted, reading, charge_incomplete=self._limits.charge_cut_streams
+        )
+        await self._settler.settle(settlement)
+        await exchange.respond(
+            _OK, chat.body, self._answer_headers(admitted, answer, settlement)
+        )
+
+    def _answer_headers(
+        self, admitted: Admitted, answer: UpstreamAnswer, settlement: Settlement
+    ) -> list[tuple[bytes, bytes]]:
+        headers = firewall.client_headers(answer.headers)
+        headers += [(name.encode(), value.encode()) for name, value in admitted.headers.items()]
+        if settlement.price is not None:
+            credits = admitted.credits_text(settlement.price)
+            headers.append((b"x-tallygate-charge-credits", credits.encode()))
+        return headers
+
+    def _account_for(self, exchange: Exchange, model: str, started: float) -> None:
+        """Count and log the request; what the log says names no key and quotes no prompt."""
+        status = str(exchange.status or 499)
+        seconds = time.monotonic() - started
+        metrics.REQUESTS.labels(_ENDPOINT, model, status).inc()
+        metrics.REQUEST_SECONDS.labels(_ENDPOINT, model, status).observe(seconds)
+        log.info(
+            "request",
+            extra={
+                "request_id": exchange.request_id,
+                "endpoint": _ENDPOINT,
+                "model": model,
+                "status": exchange.status,
+                "streamed": exchange.is_streaming,
+                "client_gone": exchange.is_gone,
+                "ms": round(seconds * 1000, 1),
+            },
+        )
+
+
+def _ms_since(started: float) -> int:
+    return round((time.monotonic() - started) * 1000)

@@ -1,0 +1,169 @@
+"""The spool: settlements that PostgreSQL can't take now, fsynced to this machine's disk.
+
+One file a process, held by an exclusive lock while its owner lives, so that whoever starts next on
+the same directory knows which files are abandoned and replays them. A line is the CRC-32 of its
+payload in hex, a space, the payload, a newline. A line torn by a crash fails its CRC; it was never
+acknowledged to anybody, so it is skipped at a file's end and reported anywhere else.
+"""
+
+import fcntl
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from proxy.ids import uuid7
+
+log = logging.getLogger(__name__)
+
+
+def encode_line(payload: bytes) -> bytes:
+    """Frame one payload, which holds no newline."""
+    return b"%08x %b\n" % (zlib.crc32(payload), payload)
+
+
+def decode_lines(data: bytes) -> tuple[list[bytes], int]:
+    """Payloads of a file in order, and how many complete lines were corrupt."""
+    payloads: list[bytes] = []
+    corrupt = 0
+    lines = data.split(b"\n")
+    for line in lines[:-1]:  # what follows the last newline is torn, or empty
+        checksum, _, payload = line.partition(b" ")
+        if len(checksum) == 8 and checksum == b"%08x" % zlib.crc32(payload):
+            payloads.append(payload)
+        else:
+            corrupt += 1
+    return payloads, corrupt
+
+
+class Spool:
+    """Appends durably; hands out what is there to be replayed. Its methods block: use a thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._path: Path | None = None
+
+    def append(self, payloads: Sequence[bytes]) -> None:
+        """Write the payloads and return once the disk has them; OSError if it can't."""
+        data = b"".join(map(encode_line, payloads))
+        with self._lock:
+            file = self._open()
+            end = os.fstat(file).st_size
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(file, view) :]
+                os.fsync(file)
+            except OSError:
+                # Half a batch must not stay: its items will be settled or spooled some other way,
+                # and what is appended next must not continue a torn line.
+                os.ftruncate(file, end)
+                raise
+
+    def _open(self) -> int:
+        if self._file is None:
+            path = self._directory / f"{uuid7()}.spool"
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_WRONLY, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The name must survive a crash as well as the bytes.
+            directory = os.open(self._directory, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+            self._file, self._path = file, path
+        return self._file
+
+    def take(self) -> list["SpoolFile"]:
+        """Files to be replayed: our own up to now, and those whose owner is gone; oldest first."""
+        with self._lock:
+            own, self._file = self._file, None
+            path, self._path = self._path, None
+        taken: list[SpoolFile] = []
+        if own is not None and path is not None:
+            taken.append(SpoolFile(path, own))
+        for other in self._directory.glob("*.spool"):
+            if other == path:
+                continue
+            file = _try_lock(other)
+            if file is not None:
+                taken.append(SpoolFile(other, file))
+        return sorted(taken, key=lambda item: item.path.name)
+
+    def depth(self) -> int:
+        """How many bytes wait in the directory, all processes together."""
+        return sum(_size(path) for path in self._directory.glob("*.spool"))
+
+    def set_aside(self, payload: bytes) -> None:
+        """Keep a settlement that the database refuses where an operator finds it."""
+        with (self._directory / "rejected.jsonl").open("ab") as file:
+            file.write(payload + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rejected(self) -> int:
+        """How many settlements were set aside and wait for a human."""
+        path = self._directory / "rejected.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def close(self) -> None:
+        """Let go of our file; what is in it is replayed by whoever starts next."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = self._path = None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # replayed by another process in this moment
+        return 0
+
+
+def _try_lock(path: Path) -> int | None:
+    """Lock an abandoned file; None if its owner lives or another process was faster."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    if not path.exists():  # replayed and removed between our open and our lock
+        os.close(file)
+        return None
+    return file
+
+
+class SpoolFile:
+    """A file that is ours to replay, under its lock until it is removed or released."""
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.path = path
+        self._file = file
+
+    def payloads(self) -> list[bytes]:
+        """Read the settlements in the order in which they were spooled."""
+        payloads, corrupt = decode_lines(self.path.read_bytes())
+        if corrupt:
+            # The disk lied: keep the file for a human, and replay what is intact.
+            self.path.with_suffix(".corrupt").write_bytes(self.path.read_bytes())
+            log.error("spool file is corrupt", extra={"file": self.path.name, "lines": corrupt})
+        return payloads
+
+    def remove(self) -> None:
+        """Everything in it is in the ledger."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+    def release(self) -> None:
+        """Give it up for now; it is abandoned, and taken again later."""
+        os.close(self._file)
