@@ -135,14 +135,14 @@ def ceiling_price(
     return price_nanos
 
 
-def affordable_output_tokens(
+def affordable_output_tokens(  # noqa: PLR0917 - they stand in the order of `ceiling_price`
     rule: Rule,
     prices: ModelPrices | None,
     input_tokens: int,
     n: int,
-    *,
     available_nanos: int,
     nanos_per_credit: int,
+    *,
     max_output_tokens: int = MAX_OUTPUT_TOKENS,
     classes: AbstractSet[TokenClass] = ALL_CLASSES,
     searches: int = 0,

@@ -116,19 +116,18 @@ def _lines(
     tokens: Mapping[TokenClass, int] | None,
     nanos_per_credit: int,
 ) -> list[ChargeLine]:
-    match rule.terms:
-        case Markup(factor_ppm):
-            if cost_picos is None:
-                raise CostUnknownError("no_cost_to_mark_up")
-            # Picos x parts per million are attos: 1e-12 x 1e-6.
-            return [ChargeLine("cost", cost_picos, cost_picos * factor_ppm)]
-        case Flat(nanocredits):
-            # Billionths of a credit x nanos per credit are attos as well.
-            return [ChargeLine("flat", 1, nanocredits * nanos_per_credit)]
-        case PerToken():
-            if tokens is None:
-                raise UsageUnknownError(f"{rule.name} prices tokens, and the usage is unknown")
-            return _token_lines(rule.terms, tokens, nanos_per_credit)
+    terms = rule.terms
+    if isinstance(terms, Markup):
+        if cost_picos is None:
+            raise CostUnknownError("no_cost_to_mark_up")
+        # Picos x parts per million are attos: 1e-12 x 1e-6.
+        return [ChargeLine("cost", cost_picos, cost_picos * terms.factor_ppm)]
+    if isinstance(terms, Flat):
+        # Billionths of a credit x nanos per credit are attos as well.
+        return [ChargeLine("flat", 1, terms.nanocredits * nanos_per_credit)]
+    if tokens is None:
+        raise UsageUnknownError(f"{rule.name} prices tokens, and the usage is unknown")
+    return _token_lines(terms, tokens, nanos_per_credit)
 
 
 def _token_lines(

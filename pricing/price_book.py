@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 from uuid import UUID
 
 from pricing.errors import InvalidAmountError, InvalidPriceBookError
@@ -45,6 +45,8 @@ _WILDCARD = re.compile(r"\[[^\]]*\]|[*?]")
 class Markup:
     """The provider's cost times a factor."""
 
+    kind: ClassVar[RuleKind] = "markup"
+
     factor_ppm: int
 
 
@@ -52,12 +54,16 @@ class Markup:
 class Flat:
     """The same credits for every request."""
 
+    kind: ClassVar[RuleKind] = "flat"
+
     nanocredits: int
 
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
     """Credits per 1000 tokens by class, all of them times a multiplier."""
+
+    kind: ClassVar[RuleKind] = "per_token"
 
     nanocredits_per_1000: Mapping[TokenClass, int]
     multiplier_ppm: int = PPM
@@ -85,13 +91,7 @@ class Rule:
     @property
     def kind(self) -> RuleKind:
         """The kind, as it is written in the document."""
-        match self.terms:
-            case Markup():
-                return "markup"
-            case Flat():
-                return "flat"
-            case PerToken():
-                return "per_token"
+        return self.terms.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,17 +364,17 @@ def _rule_document(rule: Rule) -> dict[str, object]:
         if value is not None
     }
     document["kind"] = rule.kind
-    match rule.terms:
-        case Markup(factor_ppm):
-            document["factor"] = decimal_text(factor_ppm, 6)
-        case Flat(nanocredits):
-            document["credits"] = _credits(nanocredits)
-        case PerToken(nanocredits_per_1000, multiplier_ppm):
-            document["credits"] = {
-                token_class.value: _credits(amount)
-                for token_class, amount in nanocredits_per_1000.items()
-            }
-            document["multiplier"] = decimal_text(multiplier_ppm, 6)
+    terms = rule.terms
+    if isinstance(terms, Markup):
+        document["factor"] = decimal_text(terms.factor_ppm, 6)
+    elif isinstance(terms, Flat):
+        document["credits"] = _credits(terms.nanocredits)
+    else:
+        document["credits"] = {
+            token_class.value: _credits(amount)
+            for token_class, amount in terms.nanocredits_per_1000.items()
+        }
+        document["multiplier"] = decimal_text(terms.multiplier_ppm, 6)
     document["minimum"] = _credits(rule.minimum_nanocredits)
     document["allow_loss"] = rule.allow_loss
     document["byok_fee_percent"] = decimal_text(rule.byok_fee_ppm, 4)

@@ -14,11 +14,13 @@ import msgspec
 
 from pricing.estimate import (
     affordable_output_tokens,
+    ceiling_cost,
     ceiling_price,
     possible_classes,
 )
-from pricing.money import credits_text, usd_text
+from pricing.money import PICOS_PER_NANO, PPM, ceil_div, credits_text, usd_text
 from pricing.price_book import Rule
+from pricing.usage import TokenClass
 from proxy.accounts import Principal
 from proxy.byok import choose_provider_key
 from proxy.catalog import Catalog, Model
@@ -40,8 +42,8 @@ from proxy.wire.chat_request import ChatRequest
 
 # A model of which nobody says how long its answers can be.
 _UNKNOWN_OUTPUT_LIMIT = 16_384
-# Authorizations for one request: stale copies are read again, a ceiling is narrowed once.
-_TRIES = 4
+# How often a copy of account and key is read again that was outdated when the ledger looked.
+_STALE_TRIES = 3
 # What a typical token takes, for the tokens-per-minute limit; the hold is reckoned with one.
 _BYTES_PER_TOKEN = 4
 
@@ -93,6 +95,9 @@ class _Plan:
     rule: Rule
     published: PublishedBook
     provider_key: str | None
+    # What the request's tokens can be, and how many billed searches it can make.
+    classes: frozenset[TokenClass]
+    searches: int
     input_tokens: int
     output_limit: int
     price_nanos: int
@@ -137,20 +142,19 @@ class Admission:
         """
         principal = await self._principals.authenticate(virtual_key)
         plan = self._plan(principal, request, header)
-        is_narrowed = False
-        for _ in range(_TRIES):
+        authorization = await self._authorize(request_id, plan, request)
+        for _ in range(_STALE_TRIES):
+            if authorization.outcome != "stale":
+                break
+            principal = await self._principals.authenticate(virtual_key, fresh=True)
+            plan = self._plan(principal, request, header)
             authorization = await self._authorize(request_id, plan, request)
-            if authorization.is_held:
-                return _admitted(request_id, plan, request, authorization)
-            if authorization.outcome == "stale":
-                principal = await self._principals.authenticate(virtual_key, fresh=True)
-                plan = self._plan(principal, request, header)
-            elif authorization.outcome in _SHORT_OF_MONEY and not is_narrowed:
-                is_narrowed = True
-                plan = await self._narrowed(plan, request, authorization)
-            else:
-                raise self._refused(authorization, plan)
-        raise self._refused(authorization, plan)
+        if authorization.outcome in _SHORT_OF_MONEY:
+            plan = await self._narrowed(plan, request, authorization)
+            authorization = await self._authorize(request_id, plan, request)
+        if not authorization.is_held:
+            raise self._refused(authorization, plan)
+        return _admitted(request_id, plan, request, authorization)
 
     def _plan(
         self,
@@ -177,6 +181,8 @@ class Admission:
             rule=rule,
             published=published,
             provider_key=provider_key,
+            classes=_classes(request),
+            searches=int("web_search_options" in request.fields),
             input_tokens=input_tokens,
             output_limit=_output_limit(model, request),
             price_nanos=0,
@@ -197,22 +203,35 @@ class Admission:
         return model
 
     def _priced(self, plan: _Plan, request: ChatRequest) -> _Plan:
+        output_tokens = request.n * plan.output_limit
+        if plan.provider_key is not None:
+            return replace(plan, price_nanos=self._byok_fee(plan, output_tokens))
         price_nanos = ceiling_price(
             plan.rule,
             plan.model.prices,
             plan.input_tokens,
-            request.n * plan.output_limit,
+            output_tokens,
             nanos_per_credit=plan.published.nanos_per_credit,
             default_hold_nanos=self._limits.default_hold_nanos,
-            classes=possible_classes(
-                audio=bool(request.audio_clips) or b"audio" in request.fields.get("modalities", b""),
-                images=bool(request.images),
-            ),
+            classes=plan.classes,
+            searches=plan.searches,
         )
-        if plan.provider_key is not None:
-            # The credits are bypassed; a fee is a share of the cost, which is at most the price.
-            price_nanos = -(-price_nanos * plan.rule.byok_fee_ppm // 1_000_000)
         return replace(plan, price_nanos=price_nanos)
+
+    def _byok_fee(self, plan: _Plan, output_tokens: int) -> int:
+        """The most that a fee on the provider's cost can be; the credits are bypassed otherwise."""
+        if plan.rule.byok_fee_ppm == 0:
+            return 0
+        cost_picos = ceiling_cost(
+            plan.model.prices,
+            plan.input_tokens,
+            output_tokens,
+            classes=plan.classes,
+            searches=plan.searches,
+        )
+        if cost_picos is None:
+            return self._limits.default_hold_nanos
+        return ceil_div(cost_picos * plan.rule.byok_fee_ppm, PICOS_PER_NANO * PPM)
 
     async def _authorize(
         self, request_id: UUID, plan: _Plan, request: ChatRequest
@@ -269,13 +288,16 @@ class Admission:
     async def _count(self, plan: _Plan, request: ChatRequest) -> int:
         if request.images or request.audio_clips or request.files:
             return plan.input_tokens  # allowances, not text: there is nothing to count exactly
+        messages = request.fields["messages"]
         try:
             counted = await self._control.count_tokens(
-                plan.model.name, msgspec.json.decode(request.fields["messages"])
+                plan.model.name, msgspec.json.decode(messages)
             )
         except CONTROL_ERRORS:
             return plan.input_tokens
-        return min(counted, plan.input_tokens)
+        # Tools and schemas are tokens as well, and stay bounded by their bytes.
+        others = request.prompt_bytes - len(bytes(messages))
+        return min(counted + others, plan.input_tokens)
 
     def _affordable(self, plan: _Plan, request: ChatRequest, funds: int) -> int:
         return affordable_output_tokens(
@@ -286,9 +308,8 @@ class Admission:
             max(funds, 0),
             plan.published.nanos_per_credit,
             max_output_tokens=plan.output_limit,
-            classes=possible_classes(
-                audio=bool(request.audio_clips), images=bool(request.images)
-            ),
+            classes=plan.classes,
+            searches=plan.searches,
         )
 
     def _refused(
@@ -314,6 +335,14 @@ _RATE_LIMITS = {
     "tokens_per_minute": "This key's limit of tokens per minute does not allow this request now.",
     "max_concurrency": "This key has as many requests under way as it may have at once.",
 }
+
+
+def _classes(request: ChatRequest) -> frozenset[TokenClass]:
+    modalities = bytes(request.fields.get("modalities", b""))
+    return possible_classes(
+        audio=bool(request.audio_clips) or b"audio" in modalities,
+        images=bool(request.images) or b"image" in modalities,
+    )
 
 
 def _output_limit(model: Model, request: ChatRequest) -> int:

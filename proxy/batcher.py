@@ -13,15 +13,15 @@ from proxy.metrics import BATCH_SIZE
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
+Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]]
 
 
 class Batcher(Generic[Item, Result]):
     """Collects items from many requests and hands them to few flushes.
 
     Each element of `lanes` is an independent flush, normally a connection of its own: as many
-    batches are under way at once. A flush answers a result for each item, in order; if it raises,
-    every item of the batch gets that exception.
+    batches are under way at once. A flush answers a result or an exception for each item, in order;
+    if it raises, every item of the batch gets that exception.
     """
 
     def __init__(self, name: str, lanes: Sequence[Flush[Item, Result]], *, limit: int = 256) -> None:
@@ -68,7 +68,11 @@ class Batcher(Generic[Item, Result]):
             return
         for (_, future), result in zip(batch, results, strict=True):
             # Whoever waited may have been cancelled; the item is flushed all the same.
-            if not future.done():
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
                 future.set_result(result)
 
     async def drain(self) -> None:

@@ -214,16 +214,18 @@ class _AuthorizeLane:
         self._session = session
         self._seconds = LEDGER_SECONDS.labels("authorize")
 
-    async def __call__(self, batch: Sequence[HoldRequest]) -> list[Authorization]:
+    async def __call__(
+        self, batch: Sequence[HoldRequest]
+    ) -> Sequence[Authorization | Exception]:
         try:
             return await self._ask(batch)
         except CONNECTION_ERRORS:
             # The same request ids again: holds that were committed answer `exists`.
             was_in_doubt = self._session.is_in_doubt
-        except psycopg.Error:
+        except psycopg.Error as error:
             # One item that the database can't take must not refuse its neighbours.
             if len(batch) == 1:
-                raise
+                return [error]
             return [item for request in batch for item in await self([request])]
         try:
             return await self._ask(batch)

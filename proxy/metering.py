@@ -86,7 +86,7 @@ def _charge(admitted: Admitted, cost_picos: int | None, usage: Usage | None) -> 
 
 def _cost(admitted: Admitted, reading: Reading, usage: Usage | None) -> _Cost:
     reported = _reported_picos(reading.cost_text)
-    if reported:
+    if reported:  # neither missing nor zero
         return _Cost(reported, reading.cost_source)
     if usage is None:
         return _Cost(None, None, "usage_missing")

@@ -1,0 +1,1 @@
+"""PostgreSQL and LiteLLM as supervised children, for `tallygate up` and the tests."""

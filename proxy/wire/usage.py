@@ -1,0 +1,111 @@
+"""The `usage` member of OpenAI's answers as LiteLLM sends it: its tokens, and its cost.
+
+LiteLLM brings every provider's usage into OpenAI's shape and adds Anthropic's names for the
+cache; `prompt_tokens` has the cached tokens in it whatever the provider counts.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import cast
+
+import msgspec
+
+from pricing.errors import UsageUnknownError
+from pricing.usage import Usage
+from proxy.wire.fields import UNREADABLE, read_fields
+
+_JSON_NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,40})?([eE][+-]?\d{1,3})?")
+
+
+def usage_from_openai(raw: object) -> Usage | None:
+    """Read a decoded usage; None where it tells nothing.
+
+    No request is without a prompt, so a usage of no tokens at all was never counted: it is None
+    too, because taken at its word it would make the request free. A part that is larger than its
+    whole is cut down to it, and one that is no count is taken for none.
+    """
+    members = _members(raw)
+    prompt, completion = _wholes(members)
+    if prompt is None or completion is None or prompt + completion == 0:
+        return None
+    inputs = _members(members.get("prompt_tokens_details"))
+    outputs = _members(members.get("completion_tokens_details"))
+    creations = _members(inputs.get("cache_creation_token_details"))
+    try:
+        return Usage.clamped(
+            input_tokens=prompt,
+            cached_input_tokens=_first(
+                inputs.get("cached_tokens"), members.get("cache_read_input_tokens")
+            ),
+            cache_creation_tokens=_first(
+                inputs.get("cache_creation_tokens"),
+                inputs.get("cache_write_tokens"),
+                members.get("cache_creation_input_tokens"),
+            ),
+            cache_creation_1h_tokens=_first(creations.get("ephemeral_1h_input_tokens")),
+            audio_input_tokens=_first(inputs.get("audio_tokens")),
+            image_input_tokens=_first(inputs.get("image_tokens")),
+            output_tokens=completion,
+            reasoning_tokens=_first(outputs.get("reasoning_tokens")),
+            audio_output_tokens=_first(outputs.get("audio_tokens")),
+            image_output_tokens=_first(outputs.get("image_tokens")),
+        )
+    except UsageUnknownError:
+        return None
+
+
+def cost_text(usage: msgspec.Raw) -> str | None:
+    """Return LiteLLM's `usage.cost` in the digits that it came in; None where it is no number."""
+    try:
+        text = bytes(read_fields(bytes(usage)).get("cost", b"")).decode()
+    except UNREADABLE:
+        return None
+    return text if _JSON_NUMBER.fullmatch(text) else None
+
+
+def without_cost(value: object) -> object:
+    """Return a decoded usage without any member that is named after a cost, however deep.
+
+    `cost`, `cost_details`, `cost_in_usd_ticks`, `total_cost` …: what the provider takes is not
+    the customer's to know.
+    """
+    if isinstance(value, dict):
+        members = cast("dict[str, object]", value)
+        return {
+            name: without_cost(member)
+            for name, member in members.items()
+            if "cost" not in name.lower()
+        }
+    if isinstance(value, list):
+        return [without_cost(item) for item in cast("list[object]", value)]
+    return value
+
+
+def _members(value: object) -> Mapping[str, object]:
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
+def _wholes(members: Mapping[str, object]) -> tuple[int | None, int | None]:
+    """Prompt and completion tokens; one that is missing is what the total leaves."""
+    prompt = _count(members.get("prompt_tokens"))
+    completion = _count(members.get("completion_tokens"))
+    total = _count(members.get("total_tokens"))
+    if total is not None:
+        if prompt is None and completion is not None:
+            prompt = max(total - completion, 0)
+        elif completion is None and prompt is not None:
+            completion = max(total - prompt, 0)
+    return prompt, completion
+
+
+def _first(*values: object) -> int:
+    """The first count that is not 0: LiteLLM fills in one name of several."""
+    return next((count for value in values if (count := _count(value))), 0)
+
+
+def _count(value: object) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is int and value >= 0:
+        return value
+    return None

@@ -1,0 +1,118 @@
+"""The spool: what was appended is there after a crash, and only one process replays it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.spool import Spool, decode_lines, encode_line
+
+
+def payloads(spool: Spool) -> list[bytes]:
+    """Take everything, as a replay does, and remove it."""
+    found: list[bytes] = []
+    for file in spool.take():
+        found += file.payloads()
+        file.remove()
+    return found
+
+
+def test_appended_payloads_are_replayed_in_order(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append([b"1", b"2"])
+    spool.append([b"3"])
+    assert spool.depth() > 0
+    assert payloads(spool) == [b"1", b"2", b"3"]
+    assert (payloads(spool), spool.depth()) == ([], 0)
+
+
+def test_file_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    living, other = Spool(tmp_path), Spool(tmp_path)
+    living.append([b"mine"])
+    assert payloads(other) == []
+    living.close()
+    assert payloads(other) == [b"mine"]
+
+
+def test_released_file_is_taken_again(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append([b"1"])
+    for file in spool.take():
+        file.release()
+    assert payloads(spool) == [b"1"]
+
+
+def test_append_after_take_goes_to_a_new_file(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append([b"1"])
+    (taken,) = spool.take()
+    spool.append([b"2"])
+    assert taken.payloads() == [b"1"]
+    taken.remove()
+    assert payloads(spool) == [b"2"]
+
+
+def test_append_is_on_disk_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        synced.append(os.fstat(file).st_size)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Spool(tmp_path).append([b"payload"])
+    assert synced[-1] == len(encode_line(b"payload"))
+
+
+def test_half_written_batch_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path)
+    spool.append([b"before"])
+    real = os.write
+
+    def write(file: int, data: bytes) -> int:
+        if len(data) > 4:
+            return real(file, data[:4])
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="no space left"):
+        spool.append([b"this is too much for the disk"])
+    monkeypatch.undo()
+    spool.append([b"after"])
+    assert payloads(spool) == [b"before", b"after"]
+
+
+def test_corrupt_line_is_reported_and_the_file_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path)
+    spool.append([b"good", b"bad", b"fine"])
+    (file,) = spool.take()
+    file.path.write_bytes(file.path.read_bytes().replace(b"bad", b"BAD"))
+    assert file.payloads() == [b"good", b"fine"]
+    assert "corrupt" in caplog.text
+    assert len(list(tmp_path.glob("*.corrupt"))) == 1
+    file.remove()
+
+
+def test_rejected_settlements_are_kept_for_a_human(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    assert spool.rejected() == 0
+    spool.set_aside(b"{}")
+    spool.set_aside(b"{}")
+    assert spool.rejected() == 2
+
+
+@given(
+    st.lists(st.binary(max_size=20).filter(lambda data: b"\n" not in data), max_size=5),
+    st.binary(max_size=9).filter(lambda data: b"\n" not in data),
+)
+def test_torn_tail_never_hides_or_adds_a_payload(whole: list[bytes], torn: bytes) -> None:
+    data = b"".join(map(encode_line, whole)) + torn
+    assert decode_lines(data) == (whole, 0)
