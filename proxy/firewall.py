@@ -1,194 +1,267 @@
-"""What of a customer's request may reach LiteLLM, and what of its answer may reach the customer.
+"""What of a request may reach LiteLLM, and which of its headers may reach a customer.
 
-LiteLLM takes its own settings from the very body that it forwards: other credentials, other routes,
-retries, prices, log sinks. A name that it knows as its own is refused here, or dropped where SDKs
-send it in good faith; any other unknown name passes, because it may be a provider's parameter.
-Names were taken from LiteLLM 1.106.2; a test reads the list of the version in use and fails for a
-name that is in none of the sets below.
+LiteLLM takes its own settings from the same body as the model's parameters: whoever may write them
+chooses the price, the route, the credentials and the logging of a call, and some of them reach
+other customers' calls. So each top-level member is one of three things here:
+
+- passed on: OpenAI's parameters, and what nobody here knows, since providers have their own;
+- dropped: a label for records that the customer can't read;
+- refused, with a 400 that names it: it would set what is the operator's to set, or cost what can't
+  be reserved for.
+
+The lists are our own; a test holds them against LiteLLM's.
 """
 
-import ipaddress
 import re
 from collections.abc import Mapping
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import NoReturn, cast
 
 import msgspec
 
 from proxy.errors import InvalidRequestError
+from proxy.wire.fields import Fields, is_null, value_of
 
-# OpenAI's own parameters of a chat completion, and what other providers commonly take. They are
-# looked up first: some look like names that the patterns refuse.
-ALLOWED = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# OpenAI's parameters of chat completions, and `thinking`, which LiteLLM has for all providers.
+ALLOWED = _names(
     """
-    model messages stream stream_options temperature top_p n stop max_tokens max_completion_tokens
-    presence_penalty frequency_penalty logit_bias logprobs top_logprobs user seed tools tool_choice
-    parallel_tool_calls functions function_call response_format modalities audio prediction
-    reasoning_effort verbosity web_search_options store service_tier safety_identifier
-    prompt_cache_key prompt_cache_retention thinking reasoning top_k min_p repetition_penalty
-    safety_settings safe_prompt context_management
-    """.split()
-)
-
-# Meant for others than the provider and harmless to leave out; OpenAI's `metadata` is for its own
-# dashboard, while LiteLLM steers its routing and logging by it.
-DROPPED = frozenset({"metadata", "tags", "no-log", "litellm_call_id", "litellm_session_id",
-                     "litellm_trace_id", "litellm_metadata", "user_id"})
-
-# LiteLLM's own settings, by what they would do.
-REFUSED = frozenset(
+    model messages stream stream_options n max_tokens max_completion_tokens
+    temperature top_p stop seed presence_penalty frequency_penalty logit_bias logprobs top_logprobs
+    tools tool_choice parallel_tool_calls functions function_call response_format
+    reasoning_effort thinking verbosity modalities audio prediction
+    store user safety_identifier service_tier prompt_cache_key prompt_cache_retention
     """
-    api_base base_url api_version organization region_name custom_llm_provider deployment_id
-    model_list model_info model_config model_alias_map base_model hf_model_name silent_model
-    user_config azure use_litellm_proxy use_client use_xai_oauth use_in_pass_through client
-    use_chat_completions_api shared_session ssl_verify use_ssl default_headers headers extra_headers
-    extra_body extra_query provider_specific_header provider_affinity_header secret_fields
-    proxy_server_request specific_deployment allow_client_keepalive_override keepalive_seconds
-    configurable_clientside_auth_params client_id client_secret tenant_id workspace_id
-    allowed_model_region data_residency rust self id
-    fallbacks context_window_fallback_dict content_policy_fallbacks default_fallbacks
-    fallback_depth max_fallbacks num_retries max_retries retry_policy retry_strategy order weight
-    routing_strategy attempted_targets allowed_fails cooldown_time fastest_response
-    timeout request_timeout stream_timeout force_timeout client_side_timeout
-    timeout_by_service_tier stream_timeout_by_service_tier
-    cache caching caching_groups cache_key preset_cache_key ttl enable_prompt_caching
-    tpm rpm itpm otpm max_parallel_requests max_budget budget_duration
-    default_api_key_rpm_limit default_api_key_tpm_limit
-    logger_fn verbose log_client_error_tracebacks turn_off_message_logging callbacks
-    success_callback failure_callback service_callback complete_response completion_call_id
-    async_call acompletion aembedding aimg_generation atext_completion text_completion
-    allm_passthrough_route stream_response stream_chunk_size max_agentic_loops
-    guardrails guardrail_config policies prompt_id prompt_label prompt_version prompt_variables
-    prompt_environment custom_prompt_dict roles initial_prompt_value final_prompt_value bos_token
-    eos_token assistant_continue_message user_continue_message ensure_alternating_roles
-    supports_system_message enable_json_schema_validation merge_reasoning_content_in_choices
-    disable_add_transform_inline_image_block max_file_size_mb model_file_id_mapping
-    allowed_openai_params additional_drop_params drop_params enable_tag_filtering tag_regex
-    fireworks_forward_user_id search_tool_name output_vector_size tiered_pricing
-    vector_store_ids include_server_side_tool_invocations bedrock_tags user_api_key_auth_metadata
-    """.split()
 )
 
-# Families of names: whatever LiteLLM adds to them is refused as well.
-_REFUSED_PATTERNS = re.compile(
-    r"""
-      ^_                                             # LiteLLM's internals
-    | ^(?:litellm|mock|api|aws|azure|vertex|bedrock|sagemaker|watsonx|oci|databricks)[_-]
-    | ^(?:anthropic|openai|gemini|google|s3|gcs|dd|hf|nvcf|agentcore)[_-]  # identities, buckets
-    | ^(?:langfuse|langsmith|arize|phoenix|posthog|newrelic|wandb|weave|humanloop|signoz|lago|
-          slack|braintrust|opik|helicone|galileo|otel|datadog|sentry|logfire|athina|promptlayer|lunary)
-    | ^user_api_key | ^x[_-] | _router_ | ^routing_ | ^regional_
-    | cost | (?:api_key|apikey|_secret|_secret_key|_credentials?|_url|_endpoint|_callbacks?)$
-    """,
-    re.VERBOSE,
+# LiteLLM reads OpenAI's `metadata` as its own settings: tags that choose a route, callbacks'
+# credentials, guardrails to leave out. `usage` asks OpenRouter for its cost.
+DROPPED = _names(
+    """
+    metadata litellm_metadata tags usage session_id trace_id request_id
+    litellm_call_id litellm_session_id litellm_trace_id
+    """
 )
 
-_SERVICE_TIERS = frozenset({None, "auto", "default"})
+# An SDK may send these as null; anything else asks for a service that is paid by the query.
+_REFUSED_UNLESS_NULL = frozenset({"web_search_options"})
+
+_OPERATORS = "it is for the operator of this service to set"
+_CREDENTIALS = "bring your own provider key in a header instead"
+_ONE_ROUTE = "`model` alone says what serves a request"
+_OWN_COST = "what it costs can't be told beforehand"
+_LIMITS = "limit an answer with max_tokens or max_completion_tokens, and n"
+_STATE = "it refers to what is kept under the operator's account"
+
+# Spelled like LiteLLM and the providers do; compared without case, hyphens and underscores.
+_NAMES: Mapping[str, str] = {
+    # Arguments of LiteLLM's functions, its settings and those of its router and prompt templates.
+    # Some reach other customers: queues, cooldowns, callbacks of the whole process.
+    """
+    self args kwargs func acompletion aembedding aimg_generation atext_completion text_completion
+    original_function original_generic_function call_type async_call client use_client
+    client_disconnected shared_session complete_response completion_call_id id order rust agent
+    logger_fn verbose no_log turn_off_message_logging standard_logging_object error_information
+    log_client_error_tracebacks internal_call_origin is_silent_experiment exception
+    allowed_openai_params additional_drop_params drop_params enable_json_schema_validation
+    merge_reasoning_content_in_choices stream_chunk_size stream_response keepalive_seconds
+    allow_client_keepalive_override disable_add_transform_inline_image_block output_vector_size
+    cache caching caching_groups ttl enable_prompt_caching priority weight weights rpm tpm itpm otpm
+    max_budget budget_duration max_parallel_requests max_file_size_mb max_agentic_loops
+    fastest_response attempted_targets policy_sources tag_regex enable_tag_filtering labels
+    configurable_clientside_auth_params user_config ssl_verify use_ssl data_residency
+    use_in_pass_through use_chat_completions_api client_side_timeout passthrough
+    bos_token eos_token roles initial_prompt_value final_prompt_value custom_prompt_dict
+    supports_system_message ensure_alternating_roles user_continue_message
+    assistant_continue_message chat_template hf_model_name prompt prompt_id prompt_label
+    prompt_variables prompt_version prompt_environment team_id agent_id end_user_id
+    kv_transfer_params mm_processor_kwargs lora_request extra_body extra_query
+    """: _OPERATORS,
+    """
+    api_key api_base api_version organization tenant_id client_id bucket_name use_xai_oauth
+    workspace_id
+    """: _CREDENTIALS,
+    """
+    custom_llm_provider models engine deployment deployment_id specific_deployment base_model
+    silent_model provider providers route transforms
+    """: _ONE_ROUTE,
+    # Searches, code and further model calls on the provider's side, faster or other machines.
+    """
+    web_search web_search_options search_parameters search_settings search_tool_name enable_search
+    plugins connectors mcp_servers container data_sources context_management speed inference_geo
+    performance_config compound_custom include_server_side_tool_invocations betas
+    additional_model_request_fields
+    """: _OWN_COST,
+    # Other providers' names for how much is said: they would outbid the limit that is reserved for.
+    """
+    best_of candidate_count num_return_sequences num_generations max_output_tokens max_new_tokens
+    max_tokens_to_sample max_gen_len max_length max_completion_length max_generated_tokens
+    max_token num_predict generation_config inference_config text_generation_config options
+    parameters
+    """: _LIMITS,
+    """
+    cached_content previous_response_id conversation vector_store_id vector_store_ids file_ids
+    """: _STATE,
+}
+
+# A parameter with one of these words in its name is a setting, a credential or a destination.
+_WORDS: Mapping[str, str] = {
+    """
+    litellm mock fallback fallbacks retry retries timeout cooldown callback callbacks
+    guardrail guardrails header headers metadata proxy policies interception
+    region cost costs pricing multiplier beta
+    """: _OPERATORS,
+    """
+    key token secret credential credentials password endpoint url uri host port webhook project
+    """: _CREDENTIALS,
+    "router routing": _ONE_ROUTE,
+}
+
+# Whose settings LiteLLM takes from the body: clouds, loggers, its own routers.
+_FIRST_WORDS: Mapping[str, str] = {
+    """
+    agentcore anthropic arize aws azure bedrock braintrust datadog dd fireworks gcs gemini gigachat
+    helicone humanloop langfuse langsmith lunary mcp milvus newrelic nvcf oci openai opik otel
+    phoenix pillar posthog s3 sagemaker signoz slack valkey vertex wandb watsonx weave
+    """: _OPERATORS,
+    "adaptive auto complexity model quality": _ONE_ROUTE,
+}
+
+# Letters, digits and underscores: LiteLLM reads `metadata[tags]` as a member of `metadata`.
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+# A tool that the client runs itself. Any other member could name one that the provider or LiteLLM
+# runs, at a price (Gemini: `googleSearch`) or with the operator's credentials (`server_url`).
+_TOOL_MEMBERS = _names(
+    """
+    type function custom name description parameters input_schema strict cache_control
+    input_examples eager_input_streaming defer_loading
+    """
+)
+_TOOL_TYPES = ("function", "custom", None)
+# LiteLLM runs functions of these names by itself where the operator set it up to.
+_LITELLM_TOOL = "litellm_"
+
+# The tiers at the price that is in the price list; the others are priced differently.
+_TIERS = (None, "auto", "default")
+
+_RETRY_HEADERS = ("retry-after", "retry-after-ms")
+_RETRY_VALUE = re.compile(r"[A-Za-z0-9 ,:.+-]{1,64}")
 
 
-def check_body(fields: Mapping[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
-    """Return the members that may pass; InvalidRequestError for one that is refused."""
-    passing: dict[str, msgspec.Raw] = {}
+def check_body(fields: Fields) -> Fields:
+    """Return the members that may reach LiteLLM; raises InvalidRequestError for what may not."""
+    passed: Fields = {}
     for name, value in fields.items():
-        if name in ALLOWED:
-            passing[name] = value
-        elif is_refused(name):
-            raise _refused(name)
-        elif name.lower() not in DROPPED:
-            passing[name] = value
-    _check_service_tier(passing)
-    _check_tools(passing)
-    _check_urls(passing)
-    return passing
-
-
-def is_refused(name: str) -> bool:
-    """Whether a member of this name is refused; the case of the name makes no difference."""
-    plain = name.lower()
-    if plain in DROPPED or plain in ALLOWED:
-        # A name that only differs in case from one that we read is a parser's difference: refused.
-        return plain in ALLOWED and name not in ALLOWED
-    return plain in REFUSED or _REFUSED_PATTERNS.search(plain) is not None
-
-
-def _refused(name: str) -> InvalidRequestError:
-    if name.lower() == "api_key":
-        msg = "To use your own provider key, send it in the header X-Provider-Key, not in the body."
-    else:
-        msg = f"The parameter {name!r} is not accepted here. Leave it out."
-    return InvalidRequestError(msg, param=name[:100], code="unsupported_parameter")
-
-
-def _check_service_tier(fields: Mapping[str, msgspec.Raw]) -> None:
-    """Other tiers have other prices, by which the hold was not reckoned."""
-    if "service_tier" not in fields:
-        return
-    tier = msgspec.json.decode(fields["service_tier"])
-    if not isinstance(tier, str | None) or tier not in _SERVICE_TIERS:
-        msg = "service_tier must be 'auto' or 'default'."
-        raise InvalidRequestError(msg, param="service_tier", code="unsupported_parameter")
-
-
-def _check_tools(fields: Mapping[str, msgspec.Raw]) -> None:
-    """Some tools are run by LiteLLM itself, with the operator's rights, and not by the model."""
-    tools = bytes(fields.get("tools", b""))
-    if b"mcp" not in tools.lower() and b"litellm" not in tools.lower() and b"\\u" not in tools:
-        return
-    for tool in _objects(msgspec.json.decode(tools)):
-        kind = str(tool.get("type", "")).lower()
-        if kind == "mcp" or kind.startswith("litellm") or "litellm_params" in tool:
-            msg = f"Tools of type {kind[:50]!r} are not offered here."
-            raise InvalidRequestError(msg, param="tools", code="unsupported_parameter")
-
-
-def _check_urls(fields: Mapping[str, msgspec.Raw]) -> None:
-    """LiteLLM fetches some images itself: an address inside the operator's network is refused."""
-    messages = bytes(fields.get("messages", b""))
-    if b"_url" not in messages and b"\\u" not in messages:
-        return
-    for message in _objects(msgspec.json.decode(messages)):
-        for part in _objects(message.get("content")):
-            for name, value in part.items():
-                if name.endswith("_url"):
-                    inner = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-                    _check_url(inner.get("url", value))
-
-
-def _check_url(url: object) -> None:
-    if not isinstance(url, str) or url.startswith("data:"):
-        return
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").rstrip(".").lower()
-        is_public = parts.scheme in {"http", "https", "gs"} and host != "localhost"
-        if is_public and re.fullmatch(r"[0-9a-fx.:]+", host):
-            is_public = ipaddress.ip_address(host).is_global
-    except ValueError:
-        is_public = False
-    if not is_public:
-        msg = "A URL in a message must be a data URL or lead to a public http or https address."
-        raise InvalidRequestError(msg, param="messages", code="unsupported_url")
-
-
-def _objects(value: object) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        return []
-    return [item for item in cast("list[Any]", value) if isinstance(item, dict)]
-
-
-# --- headers ---------------------------------------------------------------------------------
+        if name in DROPPED or (name in _REFUSED_UNLESS_NULL and is_null(value)):
+            continue
+        if name not in ALLOWED:
+            _check_name(name)
+        passed[name] = value
+    if value_of(fields.get("service_tier")) not in _TIERS:
+        _refuse("service_tier", _OWN_COST)
+    for name in ("tools", "functions"):
+        _check_tools(name, fields.get(name))
+    return passed
 
 
 def upstream_headers(request_id: str, master_key: str) -> dict[str, str]:
-    """Headers for LiteLLM: none of the customer's, and our request id so that records join."""
+    """Return all headers of a request to LiteLLM: none of the customer's is among them."""
     return {
         "authorization": f"Bearer {master_key}",
         "content-type": "application/json",
+        "accept": "application/json, text/event-stream",
+        "accept-encoding": "identity",
+        "user-agent": "tallygate",
+        # Both sides' records join on it.
         "x-litellm-call-id": request_id,
     }
 
 
-def client_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Headers of an answer that the customer may see; everything else tells of the inside."""
-    content_type = headers.get("content-type", "application/json")
-    return [(b"content-type", content_type.encode("latin-1", "replace"))]
+def client_headers(upstream: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return those of LiteLLM's headers that the customer may see; names in any case."""
+    headers = {name.lower(): value for name, value in upstream.items()}
+    passed: list[tuple[bytes, bytes]] = []
+    if "content-type" in headers:
+        passed.append((b"content-type", headers["content-type"].encode("latin-1", "replace")))
+    for name in _RETRY_HEADERS:
+        value = headers.get(name) or headers.get(f"llm_provider-{name}")
+        if value is not None and _RETRY_VALUE.fullmatch(value):
+            passed.append((name.encode(), value.encode()))
+    return passed
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        _refuse(name, "no parameter of a model is named like that")
+    squashed = _squashed(name)
+    if squashed in _SPELLINGS:
+        _refuse(name, f"write it as {_SPELLINGS[squashed]}")
+    words = _HUMP.sub("_", name).lower().split("_")
+    reasons = (
+        _REFUSED_NAMES.get(squashed),
+        _REFUSED_FIRST_WORDS.get(words[0]),
+        *map(_REFUSED_WORDS.get, words),
+    )
+    for reason in reasons:
+        if reason is not None:
+            _refuse(name, reason)
+
+
+def _check_tools(name: str, member: msgspec.Raw | None) -> None:
+    if member is None or is_null(member):
+        return
+    tools = value_of(member)
+    if not isinstance(tools, list):
+        raise InvalidRequestError(f"{name} must be a list of objects.", param=name)
+    for tool in cast("list[object]", tools):
+        if not isinstance(tool, dict):
+            raise InvalidRequestError(f"{name} must be a list of objects.", param=name)
+        _check_tool(name, cast("dict[str, object]", tool))
+
+
+def _check_tool(param: str, tool: Mapping[str, object]) -> None:
+    others = sorted(tool.keys() - _TOOL_MEMBERS)
+    if tool.get("type") not in _TOOL_TYPES or others:
+        what = others[0] if others else str(tool["type"])
+        raise InvalidRequestError(
+            f"Only tools that you run yourself are supported, not {what[:64]!r}.",
+            code="unsupported_parameter",
+            param=param,
+        )
+    for part in (tool, tool.get("function"), tool.get("custom")):
+        if isinstance(part, dict):
+            called = cast("dict[str, object]", part).get("name")
+            if isinstance(called, str) and called.lower().startswith(_LITELLM_TOOL):
+                raise InvalidRequestError(
+                    f"A tool's name can't begin with {_LITELLM_TOOL!r}.",
+                    code="unsupported_parameter",
+                    param=param,
+                )
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise InvalidRequestError(
+        f"The parameter {name[:64]!r} is not supported here: {reason}.",
+        code="unsupported_parameter",
+        param=name[:64],
+    )
+
+
+def _squashed(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _each(lists: Mapping[str, str]) -> dict[str, str]:
+    return {name: reason for names, reason in lists.items() for name in names.split()}
+
+
+_REFUSED_NAMES = {_squashed(name): reason for name, reason in _each(_NAMES).items()}
+_REFUSED_WORDS = _each(_WORDS)
+_REFUSED_FIRST_WORDS = _each(_FIRST_WORDS)
+# `maxTokens` would go past our reading of `max_tokens` and yet be understood by some provider.
+_SPELLINGS = {_squashed(name): name for name in ALLOWED}

@@ -84,7 +84,11 @@ class LiteLLMChild:
                 "one in TALLYGATE_LITELLM_URL and TALLYGATE_LITELLM_KEY"
             )
             raise ConfigurationError(msg)
-        self._keeper.start()
+        try:
+            self._keeper.start()
+        except BaseException:
+            self._reservation.close()
+            raise
         return self.url
 
     def stop(self) -> None:

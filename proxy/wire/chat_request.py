@@ -1,68 +1,76 @@
-"""A chat completion request: the members that we read, everything else as the bytes it came in.
+"""What a chat completion request asks for, and the body that goes upstream instead of it.
 
-The top level is read once and written anew, so that what LiteLLM parses is what we have checked:
-no duplicate names, no differences between parsers.
+Only what decides about money is decoded; the rest stays the bytes that came. The upstream body is
+written anew from the parsed members, so that it has no name twice and nothing that another parser
+could read in another way.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TypeVar
 
 import msgspec
 
+from pricing.usage import MAX_TOKENS
 from proxy.errors import InvalidRequestError
+from proxy.wire.fields import UNREADABLE, Fields, is_null, raw, read_fields
+from proxy.wire.media import count_media
 
-_decode_top = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_MAX_MODEL_CHARACTERS = 256
-_MAX_CHOICES = 128
-_MAX_TOKENS = 10**9
-# Only a body that has one of these can hold anything but text.
-_ATTACHMENT_MARKS = (b"image", b"audio", b"file", b"video", b"data:")
+MAX_CHOICES = 128
+# LiteLLM copies bodies recursively; far beyond this it answers 500.
+MAX_DEPTH = 128
+
+_T = TypeVar("_T")
+
+_MAX_MODEL_LENGTH = 256
+_OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
+_NEITHER_BRACKET_NOR_QUOTE = bytes(set(range(256)) - set(b'[]{}"'))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """One request, checked as far as metering needs it.
+    """A request as far as metering it goes.
 
-    `prompt_bytes` bounds the prompt's tokens: the body without the payload of data URLs.
-    `output_limit` is the client's own, for each of `n` choices; None if it set none.
+    `fields` are all its top-level members. `output_limit` is the client's own limit for each of
+    `n` choices. `prompt_bytes` is at least as many as the tokens that the request's text can
+    become; pictures, audio clips and files come on top. `prediction_bytes` bounds the predicted
+    tokens that are charged as output without being part of the answer. `modalities` are the kinds
+    of output asked for, none for the usual text.
     """
 
-    fields: Mapping[str, msgspec.Raw]
+    fields: Fields
     model: str
     stream: bool
     output_limit: int | None
     n: int
     include_usage: bool
     prompt_bytes: int
-    images: int = 0
-    audio_clips: int = 0
-    files: int = 0
+    images: int
+    audio_clips: int
+    files: int
+    prediction_bytes: int
+    modalities: frozenset[str]
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
-    """Read and check a body; InvalidRequestError says what is wrong with it."""
-    fields = _object(body)
-    stream = _flag(fields, "stream")
-    options = _value(fields, "stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise _wrong("stream_options", "an object")
-    _check_messages(fields)
-    payload_bytes, attachments = _attachments(body, fields)
-    limits = [
-        limit
-        for name in ("max_completion_tokens", "max_tokens")
-        if (limit := _count(fields, name, _MAX_TOKENS)) is not None
-    ]
+    """Read a body; raises InvalidRequestError, with the parameter that is wrong."""
+    fields = _read_body(body)
+    media = count_media(fields.get("messages", raw([])))
+    limits = [_whole_number(fields, name, MAX_TOKENS) for name in _OUTPUT_LIMITS]
+    prediction = fields.get("prediction")
     return ChatRequest(
         fields=fields,
         model=_model(fields),
-        stream=stream,
-        output_limit=min(limits) if limits else None,
-        n=_count(fields, "n", _MAX_CHOICES) or 1,
-        include_usage=bool(cast("dict[str, Any]", options or {}).get("include_usage")),
-        prompt_bytes=len(body) - payload_bytes,
-        **attachments,
+        stream=_decoded(fields, "stream", bool, "true or false") or False,
+        output_limit=min((limit for limit in limits if limit is not None), default=None),
+        n=_whole_number(fields, "n", MAX_CHOICES) or 1,
+        include_usage=_asks_for_usage(fields),
+        prompt_bytes=len(body) - media.tokenless_bytes,
+        images=media.images,
+        audio_clips=media.audio_clips,
+        files=media.files,
+        prediction_bytes=0 if is_null(prediction) else len(bytes(prediction or b"")),
+        modalities=frozenset(_decoded(fields, "modalities", list[str], "a list of strings") or ()),
     )
 
 
@@ -73,123 +81,95 @@ def upstream_body(
     output_limit: int | None,
     api_key: str | None,
 ) -> bytes:
-    """Write the body for LiteLLM.
+    """Write the body for LiteLLM from the members that may pass.
 
-    `fields` are those that may pass, `output_limit` is the clamp where the client set no limit, and
-    `api_key` the customer's own. A stream always brings its usage, whether the client wants to see
-    it or not: nothing else tells what it cost.
+    A stream always reports its usage, whatever the client asked. `output_limit` caps each choice:
+    in the member that the client used, or in `max_tokens`. `api_key` is the customer's own.
     """
-    body: dict[str, object] = dict(fields)
+    members: dict[str, object] = dict(fields)
     if request.stream:
-        options = _value(fields, "stream_options") or {}
-        body["stream_options"] = cast("dict[str, Any]", options) | {"include_usage": True}
-    else:
-        body.pop("stream_options", None)  # providers refuse it without `stream`
+        options = _decoded(request.fields, "stream_options", Fields, "an object") or {}
+        members["stream_options"] = {**options, "include_usage": raw(value=True)}
     if output_limit is not None:
-        body["max_tokens"] = output_limit
+        used = [name for name in _OUTPUT_LIMITS if not is_null(fields.get(name))]
+        members |= dict.fromkeys(used or ["max_tokens"], output_limit)
     if api_key is not None:
-        body["api_key"] = api_key
-    return msgspec.json.encode(body)
+        members["api_key"] = api_key
+    return msgspec.json.encode(members)
 
 
-def _object(body: bytes) -> dict[str, msgspec.Raw]:
+def _read_body(body: bytes) -> Fields:
     try:
-        # Raw members are not looked into, and must be whole JSON all the same.
-        fields = _decode_top(body)
-        msgspec.json.decode(body, type=object)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"The request body is not a JSON object: {error}."
-        raise InvalidRequestError(msg, code="invalid_json") from None
+        if not body.isascii():
+            body.decode()  # values are skipped unread, so that broken UTF-8 would go unseen
+        fields = read_fields(body)
+    except RecursionError:
+        raise _too_deep() from None
+    except msgspec.ValidationError:
+        raise InvalidRequestError("The request body must be a JSON object.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
+    if _is_deeper_than(body, MAX_DEPTH):
+        raise _too_deep()
     return fields
 
 
-def _value(fields: Mapping[str, msgspec.Raw], name: str) -> object:
-    raw = fields.get(name)
-    return None if raw is None else msgspec.json.decode(raw)
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The request body is nested too deep: {MAX_DEPTH} levels are the most."
+    )
 
 
-def _model(fields: Mapping[str, msgspec.Raw]) -> str:
-    model = _value(fields, "model")
-    if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL_CHARACTERS:
-        raise _wrong("model", f"the name of a model, of 1 to {_MAX_MODEL_CHARACTERS} characters")
+def _is_deeper_than(body: bytes, limit: int) -> bool:
+    """Whether valid JSON has more levels of objects and arrays than that."""
+    if body.count(b"{") + body.count(b"[") <= limit:
+        return False
+    # Brackets within strings don't count. Without escapes, every other quote ends a string.
+    marks = (
+        body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NEITHER_BRACKET_NOR_QUOTE)
+    )
+    brackets = b"".join(marks.split(b'"')[::2])
+    for _ in range(limit):
+        if not brackets:
+            return False
+        # Each round takes away the innermost level.
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return bool(brackets)
+
+
+def _model(fields: Fields) -> str:
+    model = _decoded(fields, "model", str, "a string")
+    if not model or len(model) > _MAX_MODEL_LENGTH:
+        raise InvalidRequestError(
+            f"model must be the name of a model, of at most {_MAX_MODEL_LENGTH} characters.",
+            param="model",
+        )
+    if "," in model:
+        # LiteLLM would call each and answer with a list.
+        raise InvalidRequestError("model must name one model.", param="model")
     return model
 
 
-def _flag(fields: Mapping[str, msgspec.Raw], name: str) -> bool:
-    value = _value(fields, name)
-    if value is not None and not isinstance(value, bool):
-        raise _wrong(name, "true or false")
-    return bool(value)
+def _whole_number(fields: Fields, name: str, most: int) -> int | None:
+    number = _decoded(fields, name, int, f"a whole number between 1 and {most}")
+    if number is not None and not 1 <= number <= most:
+        raise InvalidRequestError(
+            f"{name} must be a whole number between 1 and {most}.", param=name
+        )
+    return number
 
 
-def _count(fields: Mapping[str, msgspec.Raw], name: str, most: int) -> int | None:
-    value = _value(fields, name)
-    if value is None:
+def _asks_for_usage(fields: Fields) -> bool:
+    options = _decoded(fields, "stream_options", dict[str, object], "an object") or {}
+    return options.get("include_usage") is True
+
+
+def _decoded(fields: Fields, name: str, kind: type[_T], expected: str) -> _T | None:
+    """Decode a member; None where it is absent or null."""
+    member = fields.get(name)
+    if member is None or is_null(member):
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise _wrong(name, f"an integer from 1 to {most}")
-    return value
-
-
-def _check_messages(fields: Mapping[str, msgspec.Raw]) -> None:
-    messages = bytes(fields.get("messages", b"")).strip()
-    if not messages.startswith(b"[") or messages[1:-1].strip() == b"":
-        raise _wrong("messages", "an array of at least one message")
-
-
-def _wrong(name: str, what: str) -> InvalidRequestError:
-    msg = f"{name!r} must be {what}."
-    return InvalidRequestError(msg, param=name, code="invalid_value")
-
-
-def _attachments(
-    body: bytes, fields: Mapping[str, msgspec.Raw]
-) -> tuple[int, dict[str, int]]:
-    """Bytes of data URLs and encoded sound, which are no text, and how many things there are."""
-    if not any(mark in body for mark in _ATTACHMENT_MARKS):
-        return 0, {}
-    payload_bytes = 0
-    counts = {"images": 0, "audio_clips": 0, "files": 0}
-    for part in _parts(msgspec.json.decode(fields["messages"])):
-        kind = _KINDS.get(str(part.get("type")))
-        if kind is not None:
-            counts[kind] += 1
-            if kind != "files":  # a file's bytes may all be text: they count as such
-                payload_bytes += sum(map(len, _payloads(part)))
-    return payload_bytes, counts
-
-
-_KINDS = {
-    "image_url": "images",
-    "input_image": "images",
-    "image": "images",
-    "input_audio": "audio_clips",
-    "audio": "audio_clips",
-    "audio_url": "audio_clips",
-    "video_url": "files",
-    "file": "files",
-    "input_file": "files",
-    "document": "files",
-}
-
-
-def _parts(messages: object) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for message in cast("list[object]", messages):
-        content = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else 0
-        if isinstance(content, list):
-            parts += [part for part in cast("list[Any]", content) if isinstance(part, dict)]
-    return parts
-
-
-def _payloads(part: dict[str, Any]) -> list[str]:
-    """Base64 in a part: of a data URL, or of sound."""
-    found: list[str] = []
-    for value in part.values():
-        inner = cast("dict[str, Any]", value).values() if isinstance(value, dict) else [value]
-        found += [
-            text
-            for text in inner
-            if isinstance(text, str) and (text.startswith("data:") or part["type"] == "input_audio")
-        ]
-    return found
+    try:
+        return msgspec.json.decode(member, type=kind)
+    except UNREADABLE:
+        raise InvalidRequestError(f"{name} must be {expected}.", param=name) from None

@@ -11,31 +11,25 @@ from typing import cast
 import msgspec
 
 from pricing.usage import Usage
+from proxy.wire.delivered import DeliveredEvents, has_content
 from proxy.wire.fields import UNREADABLE, Fields, is_null, raw, read_fields, value_of
 from proxy.wire.sse import DONE, DONE_EVENT, EVENT_ENDS, EventSplitter, data_event, event_data
 from proxy.wire.usage import cost_text, usage_from_openai, without_cost
 
-# The bytes of events that were passed on but not read. They are read only where somebody asks how
-# much was delivered, or when this many have come together, so that memory stays bounded.
-_MAX_UNREAD_BYTES = 65_536
-
-# The members of a delta that a model's tokens become; LiteLLM repeats some under other names.
-_TEXTS = ("content", "reasoning_content", "refusal")
-
 
 class ChatStreamMeter:
-    """Reads one stream; use it for one request only.
+    """Reads one stream; made anew for each.
 
     Attributes:
         usage: the tokens, once the stream has told them.
-        cost_text: LiteLLM's `usage.cost`, in the digits that it came in; USD.
+        cost_text: LiteLLM's `usage.cost` in USD, in the digits that it came in.
         model: the model that answered, from the first event that names it.
         saw_done: whether `[DONE]` came.
-        error: the JSON of the event with a top-level `error`, which ends the stream.
-        truncated: whether the stream ended within an event, which was dropped.
+        error: the JSON of an event with a top-level `error`; nothing after it is passed on.
+        truncated: whether the stream ended within an event, which was dropped then.
     """
 
-    def __init__(self, client_wants_usage: bool, max_event_bytes: int) -> None:  # noqa: FBT001 (the one question that a stream is metered by)
+    def __init__(self, client_wants_usage: bool, max_event_bytes: int) -> None:  # noqa: FBT001
         self.usage: Usage | None = None
         self.cost_text: str | None = None
         self.model: str | None = None
@@ -44,10 +38,12 @@ class ChatStreamMeter:
         self.truncated = False
         self._client_wants_usage = client_wants_usage
         self._splitter = EventSplitter(max_event_bytes)
-        self._passed = _PassedEvents()
-        # The last event with a usage, and whether its other members have yet to be passed on.
+        self._delivered = DeliveredEvents()
+        # The event with the usage that counts, and the latest one with any usage. Some providers
+        # put a usage on every event, so which is the last shows only when the next has come.
         self._usage_event: Fields | None = None
-        self._is_held = False
+        self._held: Fields | None = None
+        self._late = b""
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes of the upstream and return those that may leave now.
@@ -55,71 +51,63 @@ class ChatStreamMeter:
         Raises UpstreamProtocolError for an event that is larger than the limit.
         """
         if (
-            self.model is not None
-            and not self._is_held
+            chunk.endswith(EVENT_ENDS)
             and self._splitter.is_between_events
-            and chunk.endswith(EVENT_ENDS)
-            and not self._has_ended
-            and not _may_matter(chunk)
+            and self._passes_unread(chunk)
         ):
-            self._passed.add(chunk)
-            return chunk
-        passed = b"".join([self._read(event) for event in self._splitter.feed(chunk)])
-        self._passed.add(passed)
+            passed = chunk
+        else:
+            passed = b"".join([self._read(event) for event in self._splitter.feed(chunk)])
+        self._delivered.add(passed)
         return passed
 
-    def end(self) -> bytes:
-        """Note that the upstream ended; return what may leave now, which is nearly always nothing.
-
-        An unfinished event at the end is dropped, as a client would do.
-        """
-        passed = b"".join([self._read(event) for event in self._splitter.end()])
-        self._passed.add(passed)
+    def end(self) -> None:
+        """Note that the upstream ended. An event that it did not finish is dropped, as SSE says."""
+        self._late = b"".join([self._read(event) for event in self._splitter.end()])
+        self._delivered.add(self._late)
         self.truncated = not self._splitter.is_between_events
-        return passed
 
     def closing(self, price_usd_text: str | None) -> bytes:
         """Return the end of the stream for the client, with what it was charged (None: unknown)."""
-        event = self._usage_event
-        if event is None:
-            return DONE_EVENT
+        held, event = self._held, self._usage_event
         tail = b""
-        if self._client_wants_usage:
-            usage = without_cost(value_of(event["usage"]))
-            if isinstance(usage, dict):
-                usage["cost"] = msgspec.Raw((price_usd_text or "null").encode())
-            # Where more events came after the usage, its own content has left already.
-            content = {} if self._is_held else {"choices": raw([])}
-            tail = data_event({**event, **content, "usage": raw(usage)})
-        elif self._is_held:
-            tail = _without_usage(event)
-        return tail + DONE_EVENT
+        if held is not None and (held is not event or not self._client_wants_usage):
+            tail = _without_usage(held)
+        if event is not None and self._client_wants_usage:
+            # What else stood in that event has left already, unless it is the one held back.
+            others = event if event is held else {**event, "choices": raw([])}
+            usage = _priced(event["usage"], price_usd_text)
+            tail += data_event({**others, "usage": usage})
+        return self._late + tail + DONE_EVENT
 
     @property
     def output_bytes(self) -> int:
-        """UTF-8 bytes of what the model has said in the events that `feed` returned."""
-        return self._passed.read().output_bytes
+        """UTF-8 bytes of what the model has said in the events that were passed on."""
+        return self._delivered.output_bytes
 
-    @property
-    def saw_output(self) -> bool:
-        """Whether the model has said anything."""
-        return self.output_bytes > 0
+    def _passes_unread(self, data: bytes) -> bool:
+        """Whether there can't be a usage, an error or the end in these whole events.
 
-    @property
-    def finish_seen(self) -> bool:
-        """Whether a `finish_reason` came, in an event that was passed on or is held back."""
-        held = self._usage_event if self._is_held else None
-        return self._passed.read().finish_seen or (held is not None and _finishes(held))
+        JSON within a model's words has its quotes escaped, so only names of members match.
+        """
+        return (
+            self.model is not None
+            and self._held is None
+            and b'"usage"' not in data
+            and b'"error"' not in data
+            and DONE not in data
+            and not self._has_ended
+        )
 
     @property
     def _has_ended(self) -> bool:
         return self.saw_done or self.error is not None
 
     def _read(self, event: bytes) -> bytes:
-        """Look at one event and return what may leave now."""
+        """Look at one event and return what may leave now, which may be an earlier one."""
         if self._has_ended:
             return b""
-        if self.model is not None and not self._is_held and not _may_matter(event):
+        if self._passes_unread(event):
             return event
         data = event_data(event)
         if data is None:
@@ -127,51 +115,47 @@ class ChatStreamMeter:
         if data.strip() == DONE:
             self.saw_done = True
             return b""
+        return self._read_data(event, data)
+
+    def _read_data(self, event: bytes, data: bytes) -> bytes:
         try:
             fields = read_fields(data)
         except UNREADABLE:
-            # No client could read it either, and nobody knows what it may give away.
-            return b"" if _may_matter(data) else event
-        if self.model is None:
-            model = value_of(fields.get("model"))
-            self.model = model if isinstance(model, str) and model else None
+            # No client could read it, and nobody knows what it would give away.
+            return b""
         if not is_null(fields.get("error")):
             self.error = data
             return b""
-        released = self._release()
+        if self.model is None:
+            model = value_of(fields.get("model"))
+            self.model = model if isinstance(model, str) and model else None
+        released = b"" if self._held is None else _without_usage(self._held)
+        self._held = None
         if is_null(fields.get("usage")):
             return released + event
         self._hold(fields)
         return released
 
     def _hold(self, fields: Fields) -> None:
+        self._held = fields
         usage = usage_from_openai(value_of(fields["usage"]))
         if usage is not None or self._usage_event is None:
+            self._usage_event = fields
             self.usage = usage
             self.cost_text = cost_text(fields["usage"])
-        self._usage_event = fields
-        self._is_held = True
-
-    def _release(self) -> bytes:
-        """Let go of an event whose usage turned out not to be the end of the stream."""
-        if not self._is_held or self._usage_event is None:
-            return b""
-        self._is_held = False
-        return _without_usage(self._usage_event)
-
-
-def _may_matter(data: bytes) -> bool:
-    """Whether there could be a usage, an error or the end in here.
-
-    JSON within a model's text has its quotes escaped, so only names of members match.
-    """
-    return b'"usage"' in data or b'"error"' in data or DONE in data
 
 
 def _without_usage(event: Fields) -> bytes:
-    """Write an event without its usage; nothing if there is nothing else in it."""
-    rest = {name: member for name, member in event.items() if name != "usage"}
-    has_content = _finishes(event) or any(
-        not is_empty(delta) for _, delta in _choices(event)
-    )
-    return data_event(rest) if has_content else b""
+    """Write an event without its usage; nothing where there is nothing else in it."""
+    if not has_content(event):
+        return b""
+    return data_event({name: member for name, member in event.items() if name != "usage"})
+
+
+def _priced(usage: msgspec.Raw, price_usd_text: str | None) -> object:
+    """Return a usage with the customer's price in the place of every cost of the provider's."""
+    members = without_cost(value_of(usage))
+    if not isinstance(members, dict):
+        return members
+    price = msgspec.Raw((price_usd_text or "null").encode())
+    return {**cast("dict[str, object]", members), "cost": price}

@@ -4,6 +4,8 @@ import msgspec
 
 Fields = dict[str, msgspec.Raw]
 
+NULL = msgspec.Raw(b"null")
+
 # What msgspec raises for bytes that are no JSON, no UTF-8 or nested beyond the stack.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 

@@ -1,0 +1,172 @@
+"""`tallygate serve`: what must be true before the first request, then uvicorn.
+
+Nothing here may import prometheus_client, not even through another module, before `serve` has said
+where its values are kept: it decides at its import whether they are shared between processes.
+"""
+
+import asyncio
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvicorn
+
+from pricing.errors import PricingError
+from pricing.money import usd_text
+from proxy.db import CONNECTION_ERRORS, make_pool, require_schema
+from proxy.errors import ConfigurationError
+from proxy.price_books import PriceBooks
+
+POSTGRES_TIMEOUT_S = 30.0
+# A killed predecessor lets go of the port when the kernel has ended its last worker.
+PORT_TIMEOUT_S = 10.0
+_POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1
+SUPERVISOR_VARIABLE = "TALLYGATE_SUPERVISOR_PID"
+
+
+def serve(
+    *,
+    database_url: str,
+    nanos_per_credit: int,
+    price_book: Mapping[str, object],
+    data_dir: Path,
+    host: str,
+    port: int,
+    workers: int,
+    shutdown_timeout_s: int,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let what is in flight end and settle.
+
+    Raises ConfigurationError where the database, the price book or the port is not to be had.
+    """
+    die_with_supervisor()
+    # Before uvicorn listens to signals, and again when it hands them back at its end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    wait_for_schema(database_url, timeout_s=POSTGRES_TIMEOUT_S)
+    wait_for_port(host, port, timeout_s=PORT_TIMEOUT_S)
+    _share_metrics(data_dir / f"metrics-{port}")
+    try:
+        asyncio.run(_prepare(database_url, nanos_per_credit, price_book))
+    except PricingError as error:
+        msg = f"price_book in the configuration is wrong: {error}"
+        raise ConfigurationError(msg) from None
+    if workers > 1:
+        os.environ[SUPERVISOR_VARIABLE] = str(os.getpid())  # noqa: TID251 - handed to the workers
+    uvicorn.run(
+        "proxy.app:create",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        backlog=2048,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=shutdown_timeout_s,
+        # A worker that is busy for some seconds has customers, and must not be killed for it.
+        timeout_worker_healthcheck=60,
+    )
+
+
+def die_with_supervisor() -> None:
+    """If `tallygate up` started us, have the kernel end us with it: we would keep the port."""
+    supervisor = os.environ.get(SUPERVISOR_VARIABLE)  # noqa: TID251 - no setting of an operator
+    if supervisor is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have died before the call.
+    if supervisor != str(os.getppid()):
+        sys.exit("the process that started this one is gone")
+
+
+def wait_for_schema(url: str, *, timeout_s: float) -> None:
+    """Wait for PostgreSQL; ConfigurationError if it is not there in time or has another schema."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            require_schema(url)
+        except ConfigurationError as error:
+            is_away = isinstance(error.__context__, CONNECTION_ERRORS)
+            if not is_away or time.monotonic() > deadline:
+                raise
+        else:
+            return
+        threading.Event().wait(_POLL_S)
+
+
+def wait_for_port(host: str, port: int, *, timeout_s: float) -> None:
+    """Wait until nobody listens there; ConfigurationError if somebody still does."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            _probe(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                msg = f"can't listen on {host}, port {port}: {error}; set TALLYGATE_HOST"
+                raise ConfigurationError(msg) from None
+            if time.monotonic() > deadline:
+                msg = (
+                    f"port {port} on {host} is taken by another program: stop it, or choose "
+                    "another with TALLYGATE_PORT"
+                )
+                raise ConfigurationError(msg) from None
+        else:
+            return
+        threading.Event().wait(_POLL_S)
+
+
+def _probe(host: str, port: int) -> None:
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+
+
+def _share_metrics(directory: Path) -> None:
+    """Give the workers an empty directory for their metrics: a counter begins at its start."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, mode=0o700)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)  # noqa: TID251 - its own variable
+
+
+async def freeze_credit(books: PriceBooks, nanos_per_credit: int) -> None:
+    """Fix what a credit is worth, at first use; ConfigurationError if it is fixed at another."""
+    frozen = await books.freeze_nanos_per_credit(nanos_per_credit)
+    if frozen != nanos_per_credit:
+        msg = (
+            f"credit_usd is {usd_text(nanos_per_credit)} in the configuration, and the database "
+            f"has it fixed at {usd_text(frozen)}: set it back. To change it all the same, which "
+            "changes how many credits every balance shows and not what it is worth, stop every "
+            "service and, as the database's owner, UPDATE tallygate.meta SET value = "
+            f"'{nanos_per_credit}' WHERE name = 'nanos_per_credit'"
+        )
+        raise ConfigurationError(msg)
+
+
+async def _prepare(url: str, nanos_per_credit: int, price_book: Mapping[str, object]) -> None:
+    from proxy.ledger import Ledger  # noqa: PLC0415 - see the module's docstring
+
+    async with make_pool(url, max_size=1) as pool:
+        books = PriceBooks(pool)
+        await freeze_credit(books, nanos_per_credit)
+        await books.publish(price_book, nanos_per_credit=nanos_per_credit, actor="config")
+        ledger = Ledger(url, pool)
+        try:
+            await ledger.ensure_partitions()
+        finally:
+            await ledger.close()

@@ -1,0 +1,263 @@
+"""Killed processes and lost databases under load, then the audit and the acknowledgements."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from tests.support.litellm import RunningLiteLLM
+from tests.support.postgres import Cluster
+from tests.support.provider import FakeProvider, Gate, Reply
+from tests.support.service import ROOT, Customer, Service, prepare_service
+
+CHAT = "/v1/chat/completions"
+# Holds expire soon and without grace, so that an orphan is seen within the test.
+SHORT_HOLDS = {
+    "TALLYGATE_HOLDS__TTL_S": "5",
+    "TALLYGATE_HOLDS__HEARTBEAT_S": "1",
+    "TALLYGATE_HOLDS__SWEEP_INTERVAL_S": "0.5",
+    "TALLYGATE_HOLDS__SWEEP_GRACE_S": "0",
+}
+
+
+class World:
+    """A service on a PostgreSQL of its own, which a test may kill."""
+
+    def __init__(self, cluster: Cluster, service: Service, url: str) -> None:
+        self.cluster = cluster
+        self.service = service
+        self.url = url
+
+    def rows(self, query: str, *parameters: object) -> list[dict[str, Any]]:
+        with psycopg.connect(self.url, row_factory=dict_row) as connection:
+            connection.execute("SET search_path = tallygate")
+            return connection.execute(query.encode(), parameters).fetchall()
+
+    def audit(self) -> None:
+        """The ledger must be clean by every invariant."""
+        done = subprocess.run(
+            [sys.executable, "-m", "proxy.cli", "audit", "--json"],
+            env=self.service.environ,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        json.loads(done.stdout)
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        waiting = threading.Event()
+        for _ in range(1500):
+            if condition():
+                return
+            waiting.wait(0.02)
+        pytest.fail(f"waited in vain for {what}:\n{self.service.log()[-3000:]}")
+
+
+@pytest.fixture
+def world(own_cluster: Cluster, litellm: RunningLiteLLM, tmp_path: Path) -> Iterator[World]:
+    """One worker, and PostgreSQL to be killed at will."""
+    url = own_cluster.clone()
+    service = prepare_service(
+        tmp_path,
+        database_url=url,
+        litellm_url=litellm.url,
+        litellm_key=litellm.key,
+        environ=SHORT_HOLDS,
+    )
+    service.start()
+    yield World(own_cluster, service, url)
+    service.stop()
+
+
+class Load:
+    """Threads that call as fast as they are answered, and remember which answers were whole."""
+
+    def __init__(self, world: World, customer: Customer, threads: int = 8) -> None:
+        self.answered: list[str] = []
+        self.refused: list[int] = []
+        self._world = world
+        self._customer = customer
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        body = {
+            "model": "priced",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 20,
+            "stream": bool(number % 2),
+        }
+        with self._world.service.client(self._customer.key) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.post(CHAT, json=body)
+                except httpx.TransportError:
+                    self._stop.wait(0.05)  # cut or refused: not answered
+                    continue
+                if answer.status_code != 200:
+                    self.refused.append(answer.status_code)
+                    self._stop.wait(0.05)
+                elif not body["stream"] or answer.text.endswith("data: [DONE]\n\n"):
+                    self.answered.append(answer.headers["x-request-id"])
+
+    def wait_answered(self, count: int) -> None:
+        """Wait until so many more answers came."""
+        goal = len(self.answered) + count
+        self._world.wait(lambda: len(self.answered) >= goal, f"{count} answers")
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def assert_ledger_agrees(world: World, load: Load, customer: Customer) -> None:
+    """Every answer that arrived whole is billed, once, and no failed request is."""
+    rows = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
+    by_id = {str(row["request_id"]): row for row in rows}
+    unbilled = [
+        request_id
+        for request_id in load.answered
+        if by_id.get(request_id, {}).get("status") != "billed"
+    ]
+    assert not unbilled
+    charged = sum(row["price"] for row in rows if row["status"] == "billed")
+    (balance,) = world.rows(
+        "SELECT posted, reserved FROM balances WHERE account_id = %s", customer.account_id
+    )
+    assert balance == {"posted": 1_000_000_000_000 - charged, "reserved": 0}
+
+
+def test_kill_9_under_load_loses_and_doubles_nothing(world: World) -> None:
+    customer = world.service.new_key(credits="1000000")
+    load = Load(world, customer)
+    for _ in range(2):
+        load.wait_answered(20)
+        world.service.kill()
+        world.service.start()
+    load.wait_answered(20)
+    load.stop()
+    world.wait(lambda: not world.rows("SELECT 1 FROM open_holds"), "orphans to expire")
+    assert_ledger_agrees(world, load, customer)
+    world.audit()
+
+
+def test_kill_9_in_mid_stream_charges_nothing_and_asks_for_review(
+    world: World, provider: FakeProvider
+) -> None:
+    customer = world.service.new_key()
+    gate = Gate(after_chunks=1)
+    provider.reply("priced", Reply(gate=gate))
+    with world.service.client(customer.key) as client:
+        body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with client.stream("POST", CHAT, json=body) as answer:
+            next(answer.iter_bytes())
+            world.service.kill()
+    gate.open()
+    world.service.start()
+    world.wait(lambda: not world.rows("SELECT 1 FROM open_holds"), "the orphan to expire")
+    (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
+    assert (row["status"], row["review_reason"], row["price"]) == ("needs_review", "orphaned", None)
+    world.audit()
+
+
+def test_postgresql_away_at_admission_is_503_and_comes_back_by_itself(world: World) -> None:
+    customer = world.service.new_key()
+    body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    with world.service.client(customer.key) as client:
+        assert client.post(CHAT, json=body).status_code == 200
+        world.cluster.kill()
+        refused = client.post(CHAT, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            503, "metering_unavailable",
+        )
+        assert refused.headers["retry-after"]
+        ready = client.get("/readyz")
+        assert (ready.status_code, "postgresql" in ready.text) == (503, True)
+        world.cluster.start()
+        world.wait(lambda: client.post(CHAT, json=body).status_code == 200, "admission to return")
+    world.wait(lambda: not world.rows("SELECT 1 FROM open_holds"), "holds to end")
+    world.audit()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_postgresql_away_at_settlement_spools_the_charge_and_posts_it_later(
+    world: World, provider: FakeProvider, stream: bool  # noqa: FBT001
+) -> None:
+    customer = world.service.new_key()
+    gate = Gate(after_chunks=1 if stream else 0)
+    provider.reply("priced", Reply(gate=gate))
+    answers: list[httpx.Response] = []
+
+    def call() -> None:
+        body = {
+            "model": "priced",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 9,
+            "stream": stream,
+        }
+        with world.service.client(customer.key) as client:
+            answers.append(client.post(CHAT, json=body))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    gate.wait_reached()
+    world.cluster.kill()
+    gate.open()
+    thread.join()
+    assert answers[0].status_code == 200, answers[0].text
+    assert list((world.service.data_dir / "spool").glob("*.spool"))
+    world.service.kill()  # the charge survives the process as well
+    world.cluster.start()
+    world.service.start()
+    world.wait(
+        lambda: bool(world.rows("SELECT 1 FROM usage WHERE status = 'billed'")), "the replay"
+    )
+    (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
+    assert (row["price"], str(row["request_id"])) == (150_000, answers[0].headers["x-request-id"])
+    world.audit()
+
+
+def test_postgresql_restarts_under_load(world: World) -> None:
+    customer = world.service.new_key(credits="1000000")
+    load = Load(world, customer)
+    load.wait_answered(20)
+    world.cluster.kill()
+    world.wait(lambda: 503 in load.refused, "refusals")
+    world.cluster.start()
+    load.wait_answered(20)
+    load.stop()
+    world.wait(lambda: not world.rows("SELECT 1 FROM open_holds"), "holds to end")
+    assert_ledger_agrees(world, load, customer)
+    world.audit()
+
+
+def test_sigterm_lets_a_stream_finish_and_settle(world: World, provider: FakeProvider) -> None:
+    customer = world.service.new_key()
+    gate = Gate(after_chunks=1)
+    provider.reply("priced", Reply(gate=gate))
+    body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with world.service.client(customer.key) as client:
+        with client.stream("POST", CHAT, json=body) as answer:
+            parts = answer.iter_text()
+            text = next(parts)
+            assert world.service.process is not None
+            world.service.process.terminate()
+            gate.open()
+            text += "".join(parts)
+    assert text.endswith("data: [DONE]\n\n")
+    assert world.service.process.wait(30) == 0
+    (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
+    assert (row["status"], row["price"]) == ("billed", 150_000)

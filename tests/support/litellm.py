@@ -1,0 +1,81 @@
+"""A real LiteLLM a worker, its models routed to the fake provider."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from proxy.embedded.litellm import LiteLLMChild
+from tests.support.provider import FakeProvider
+
+MASTER_KEY = "sk-litellm-master"
+# What the provider sees where nobody brings a key: the upstream credential.
+PROVIDER_KEY = "provider-key-of-the-house"
+# Set in the operator's environment as well, and never to be used by LiteLLM on its own account.
+AMBIENT_KEY = "key-that-no-model-names"
+
+PRICES = {"input_cost_per_token": 2.5e-06, "output_cost_per_token": 1e-05}
+LIMITS = {"mode": "chat", "max_input_tokens": 8192, "max_output_tokens": 1024}
+
+# Name for customers -> LiteLLM's model_info. At the provider they have the same name, which is
+# in no price map, so that these prices are the only ones.
+MODELS: dict[str, dict[str, Any]] = {
+    "priced": {**LIMITS, **PRICES},
+    "dear": {**LIMITS, "input_cost_per_token": 1e-3, "output_cost_per_token": 2e-3},
+    "odd-cents": {**LIMITS, "input_cost_per_token": 1.875e-08, "output_cost_per_token": 7.5e-08},
+    "cached": {**LIMITS, **PRICES, "cache_read_input_token_cost": 2.5e-07},
+    "free": {**LIMITS, "input_cost_per_token": 0, "output_cost_per_token": 0},
+    "unpriced": LIMITS,
+}
+
+
+class RunningLiteLLM(NamedTuple):
+    """Where it is, and the key it wants."""
+
+    url: str
+    key: str
+    child: LiteLLMChild
+
+
+@pytest.fixture(scope="session")
+def litellm(provider_server: FakeProvider) -> Iterator[RunningLiteLLM]:
+    """LiteLLM with the models above and `mock`, which answers by itself."""
+    directory = Path(tempfile.mkdtemp(prefix="tallygate-litellm-"))
+    child = LiteLLMChild(
+        litellm_section(provider_server.url),
+        data_dir=directory,
+        master_key=MASTER_KEY,
+        environ={**os.environ, "PROVIDER_KEY": PROVIDER_KEY, "OPENAI_API_KEY": AMBIENT_KEY},
+    )
+    child.start()
+    try:
+        yield RunningLiteLLM(child.url, MASTER_KEY, child)
+    finally:
+        child.stop()
+        shutil.rmtree(directory)
+
+
+def litellm_section(provider_url: str) -> dict[str, Any]:
+    """Return a `litellm:` section with every model, routed to the provider at that URL."""
+    models: list[dict[str, Any]] = [
+        {
+            "model_name": name,
+            "litellm_params": {
+                "model": f"openai/{name}",
+                "api_base": provider_url,
+                "api_key": "os.environ/PROVIDER_KEY",
+            },
+            "model_info": info,
+        }
+        for name, info in MODELS.items()
+    ]
+    mock = {"model": "openai/mock", "api_key": "none", "mock_response": "A mocked answer."}
+    models.append(
+        {"model_name": "mock", "litellm_params": mock, "model_info": {**LIMITS, **PRICES}}
+    )
+    # Its own retries would hide from a test what one failure does.
+    return {"model_list": models, "router_settings": {"num_retries": 0}}

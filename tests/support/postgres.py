@@ -1,0 +1,109 @@
+"""A real PostgreSQL 18 a worker, and a fresh database a test, cloned from a template."""
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import LiteralString, cast
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from proxy.db import migrate
+from proxy.embedded.postgres import EmbeddedPostgres
+
+# The tests kill processes and never the machine: what the kernel has is not lost.
+QUICK = {"fsync": "off", "full_page_writes": "off"}
+
+
+class Cluster:
+    """A running server whose template database holds the schema."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.server = EmbeddedPostgres(directory, settings=QUICK)
+        self.server.start()
+        self._numbers = count(1)
+        self._execute("CREATE DATABASE template_tallygate")
+        migrate(self.server.url("template_tallygate"))
+
+    def clone(self, *, empty: bool = False) -> str:
+        """Make a database with the schema, or without; returns a superuser's URL."""
+        name = f"test_{next(self._numbers)}"
+        template = "template0" if empty else "template_tallygate"
+        # Both names are made here, and neither can be a parameter of CREATE DATABASE.
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.server.url(name)
+
+    def drop(self, url: str) -> None:
+        """Drop a clone, whoever is still connected to it."""
+        name = conninfo_to_dict(url)["dbname"]
+        self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def stop(self) -> None:
+        """Stop the server; URLs are good again after start()."""
+        self.server.stop()
+
+    def start(self) -> None:
+        """Start the server after stop()."""
+        self.server = EmbeddedPostgres(self.directory, settings=QUICK)
+        self.server.start()
+
+    def kill(self) -> None:
+        """Kill -9 the server; its keeper brings it back within a few seconds."""
+        pid = self.server.pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    def _execute(self, statement: str) -> None:
+        with psycopg.connect(self.server.url(), autocommit=True) as connection:
+            connection.execute(cast("LiteralString", statement))
+
+
+@contextmanager
+def _cluster(prefix: str) -> Generator[Cluster]:
+    # Not pytest's own directory: that is private to root, and PostgreSQL runs as somebody else.
+    directory = Path(tempfile.mkdtemp(prefix=prefix))
+    cluster: Cluster | None = None
+    try:
+        cluster = Cluster(directory)
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.stop()
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """The worker's cluster, shared by its tests: don't stop it."""
+    with _cluster("tallygate-test-") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """A cluster of the test's own, to be killed, stopped and started at will."""
+    with _cluster("tallygate-own-") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def database_url(postgres: Cluster) -> Iterator[str]:
+    """A superuser's URL of a fresh database with the schema."""
+    url = postgres.clone()
+    yield url
+    postgres.drop(url)
+
+
+@pytest.fixture
+def empty_database_url(postgres: Cluster) -> Iterator[str]:
+    """A superuser's URL of a fresh database without the schema."""
+    url = postgres.clone(empty=True)
+    yield url
+    postgres.drop(url)
