@@ -8,6 +8,7 @@ the bytes of the prompt (a token is at least one byte), output tokens by the lim
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pricing.errors import InvalidAmountError
 from pricing.markup import price_tokens
@@ -31,6 +32,7 @@ class Ceiling:
     cost_picos: int | None
 
 
+@lru_cache
 def possible_classes(
     *, audio: bool = True, images: bool = True, one_hour_cache: bool = True
 ) -> frozenset[TokenClass]:

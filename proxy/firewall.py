@@ -62,7 +62,7 @@ _NAMES: Mapping[str, str] = {
     # Some reach other customers: queues, cooldowns, callbacks of the whole process.
     """
     self args kwargs func acompletion aembedding aimg_generation atext_completion text_completion
-    original_function original_generic_function call_type async_call client use_client
+    allm_passthrough_route     original_function original_generic_function call_type async_call client use_client
     client_disconnected shared_session complete_response completion_call_id id order rust agent
     logger_fn verbose no_log turn_off_message_logging standard_logging_object error_information
     log_client_error_tracebacks internal_call_origin is_silent_experiment exception

@@ -9,7 +9,10 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from prometheus_client import Counter, Histogram
 
 from proxy import firewall, metering, metrics
 from proxy.admission import Admission, Admitted
@@ -163,10 +166,10 @@ class Relay:
 
     def _account_for(self, exchange: Exchange, model: str, started: float) -> None:
         """Count and log the request; what the log says names no key and quotes no prompt."""
-        status = str(exchange.status or 499)
         seconds = time.monotonic() - started
-        metrics.REQUESTS.labels(_ENDPOINT, model, status).inc()
-        metrics.REQUEST_SECONDS.labels(_ENDPOINT, model, status).observe(seconds)
+        requests, latency = _observers(model, str(exchange.status or 499))
+        requests.inc()
+        latency.observe(seconds)
         log.info(
             "request",
             extra={
@@ -179,6 +182,15 @@ class Relay:
                 "ms": round(seconds * 1000, 1),
             },
         )
+
+
+@lru_cache(maxsize=4096)
+def _observers(model: str, status: str) -> tuple[Counter, Histogram]:
+    """Looking a metric's child up takes longer than counting on it."""
+    return (
+        metrics.REQUESTS.labels(_ENDPOINT, model, status),
+        metrics.REQUEST_SECONDS.labels(_ENDPOINT, model, status),
+    )
 
 
 def _ms_since(started: float) -> int:

@@ -50,7 +50,7 @@ def serve(
     """
     die_with_supervisor()
     # Before uvicorn listens to signals, and again when it hands them back at its end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _leave)
     wait_for_schema(database_url, timeout_s=POSTGRES_TIMEOUT_S)
     wait_for_port(host, port, timeout_s=PORT_TIMEOUT_S)
     _share_metrics(data_dir / f"metrics-{port}")
@@ -78,6 +78,10 @@ def serve(
         # A worker that is busy for some seconds has customers, and must not be killed for it.
         timeout_worker_healthcheck=60,
     )
+
+
+def _leave(_signal: int, _frame: object) -> None:
+    sys.exit(0)
 
 
 def die_with_supervisor() -> None:
@@ -152,8 +156,8 @@ async def freeze_credit(books: PriceBooks, nanos_per_credit: int) -> None:
             f"credit_usd is {usd_text(nanos_per_credit)} in the configuration, and the database "
             f"has it fixed at {usd_text(frozen)}: set it back. To change it all the same, which "
             "changes how many credits every balance shows and not what it is worth, stop every "
-            "service and, as the database's owner, UPDATE tallygate.meta SET value = "
-            f"'{nanos_per_credit}' WHERE name = 'nanos_per_credit'"
+            f"service and, as the database's owner, put {nanos_per_credit} into the row "
+            "nanos_per_credit of the table tallygate.meta"
         )
         raise ConfigurationError(msg)
 

@@ -10,9 +10,11 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 import psycopg
+from prometheus_client import Counter
 
 from proxy.batcher import Batcher
 from proxy.db import CONNECTION_ERRORS, Session
@@ -38,6 +40,11 @@ _REPLAY_BATCH = 256
 _BACK_OFF_S = 0.5
 # How long a settlement is tried where neither PostgreSQL nor the disk takes it.
 _LAST_RESORT_S = 30.0
+
+
+@lru_cache
+def _settlements(outcome: str) -> Counter:
+    return SETTLEMENTS.labels(outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +124,7 @@ class Settler:
         return results
 
     def _observe(self, settlement: Settlement, settled: Settled) -> None:
-        SETTLEMENTS.labels(settled.outcome).inc()
+        _settlements(settled.outcome).inc()
         if settled.outcome == "unknown" and settlement.action == "capture":
             log.critical("captured an unknown hold", extra={"request_id": settlement.request_id})
         if settled.outcome not in {"captured", "captured_late", "voided", "amended"}:

@@ -1,0 +1,199 @@
+"""What an operator does to accounts and keys from a shell, straight on the database.
+
+Every function returns what is to be shown, as a JSON-able document in the words of the admin API.
+"""
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
+
+from pricing.money import credits_text, nanos_from_credits, usd_text
+from proxy.accounts import Accounts, KeyLimits, NewKey
+from proxy.db import make_pool, require_schema
+from proxy.ids import uuid7
+from proxy.ledger import Balance, Ledger
+from proxy.price_books import PriceBooks
+from proxy.serving import freeze_credit
+
+ACTOR = "cli"
+# The same as the admin API's, so that a reference counts once, whichever way it comes.
+GRANT_SOURCE = "admin"
+_PAGE = 500
+
+Document = dict[str, Any]
+
+
+class NotDoneError(Exception):
+    """What was asked for does not exist or is refused; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Administration:
+    """The stores, over one pool, and what a credit is worth."""
+
+    accounts: Accounts
+    ledger: Ledger
+    nanos_per_credit: int
+
+    async def create_account(self, name: str, *, tier: str, credits_: str | None) -> Document:
+        """Make an account, with a first grant if `credits_` are given."""
+        # A wrong amount must be known before there is an account.
+        amount = self._nanos(credits_) if credits_ is not None else 0
+        account_id = await self.accounts.create_account(
+            name=name, tier=tier, credit_limit_nanos=0, actor=ACTOR
+        )
+        if amount:
+            await self._fund(account_id, amount, reason="first credits", reference="first")
+        return self._account(await self._row(account_id))
+
+    async def list_accounts(self) -> Document:
+        """List every account, newest first."""
+        rows = await _every(self.accounts.accounts, "account_id")
+        return {"data": [self._account(row) for row in rows]}
+
+    async def grant(
+        self, account_id: UUID, credits_: str, *, reason: str, reference: str | None
+    ) -> Document:
+        """Grant credits, once for each reference."""
+        return await self._fund(
+            account_id, self._nanos(credits_), reason=reason, reference=reference or str(uuid7())
+        )
+
+    async def create_key(
+        self, account_id: UUID, name: str, limits: KeyLimits, *, budget_credits: str | None
+    ) -> Document:
+        """Make a key; the document is the only place where it stands."""
+        if budget_credits is not None:
+            limits = replace(limits, budget=self._nanos(budget_credits))
+        made = await self.accounts.create_key(account_id, name=name, limits=limits, actor=ACTOR)
+        return _new_key(account_id, name, made)
+
+    async def list_keys(self, account_id: UUID) -> Document:
+        """List every key of an account, newest first, without the secrets."""
+        await self._row(account_id)
+        return {"data": [self._key(row) for row in await self._keys(account_id)]}
+
+    async def revoke_key(self, account_id: UUID, key_id: UUID) -> Document:
+        """Revoke a key, at once and on every replica."""
+        if not await self.accounts.revoke_key(account_id, key_id, actor=ACTOR):
+            raise NotDoneError(f"account {account_id} has no key {key_id}")
+        return {"id": key_id, "status": "revoked"}
+
+    async def rotate_key(self, account_id: UUID, key_id: UUID) -> Document:
+        """Make a key with the name and limits of another, then revoke that one."""
+        old = next((k for k in await self._keys(account_id) if k["key_id"] == key_id), None)
+        if old is None:
+            raise NotDoneError(f"account {account_id} has no key {key_id}")
+        if old["status"] != "active":
+            raise NotDoneError(f"key {key_id} is {old['status']}: create a new one")
+        limits = KeyLimits(**{name: old[name] for name in KeyLimits.__slots__})
+        made = await self.accounts.create_key(
+            account_id, name=old["name"], limits=limits, actor=ACTOR
+        )
+        document = _new_key(account_id, old["name"], made)
+        await self.accounts.revoke_key(account_id, key_id, actor=ACTOR)
+        return {**document, "replaces": key_id}
+
+    async def _fund(
+        self, account_id: UUID, amount_nanos: int, *, reason: str, reference: str
+    ) -> Document:
+        if amount_nanos <= 0:
+            raise NotDoneError("a grant must be more than 0 credits")
+        done = await self.ledger.fund(
+            account_id,
+            uuid7(),
+            kind="grant",
+            amount_nanos=amount_nanos,
+            source=GRANT_SOURCE,
+            external_id=reference,
+            reason=reason,
+            actor=ACTOR,
+        )
+        if done.balance is None:
+            raise NotDoneError(f"there is no account {account_id}")
+        if done.outcome == "conflict":
+            raise NotDoneError(f"reference {reference!r} was used for another amount")
+        return {
+            "entry_id": done.entry_id,
+            "outcome": done.outcome,
+            "reference": reference,
+            "balance": self._balance(done.balance),
+        }
+
+    async def _row(self, account_id: UUID) -> Mapping[str, Any]:
+        row = await self.accounts.account(account_id)
+        if row is None:
+            raise NotDoneError(f"there is no account {account_id}")
+        return row
+
+    async def _keys(self, account_id: UUID) -> list[Document]:
+        async def page(*, before: UUID | None, limit: int) -> list[Document]:
+            return await self.accounts.keys(account_id, before=before, limit=limit)
+
+        return await _every(page, "key_id")
+
+    def _account(self, row: Mapping[str, Any]) -> Document:
+        return {
+            "id": row["account_id"],
+            "name": row["name"],
+            "tier": row["tier"],
+            "status": row["status"],
+            "created_at": row["created_at"],
+            "balance": self._balance(Balance(row["posted"], row["reserved"], row["credit_limit"])),
+        }
+
+    def _balance(self, balance: Balance) -> Document:
+        return {
+            "posted": self._amount(balance.posted),
+            "held": self._amount(balance.held),
+            "available": self._amount(balance.available),
+        }
+
+    def _amount(self, nanos: int) -> Document:
+        return {"credits": credits_text(nanos, self.nanos_per_credit), "usd": usd_text(nanos)}
+
+    def _key(self, row: Mapping[str, Any]) -> Document:
+        budget = row["budget"]
+        return {
+            "id": row["key_id"],
+            **{name: value for name, value in row.items() if name not in {"key_id", "budget"}},
+            "budget_credits": None
+            if budget is None
+            else credits_text(budget, self.nanos_per_credit),
+        }
+
+    def _nanos(self, credits_: str) -> int:
+        return nanos_from_credits(credits_, self.nanos_per_credit)
+
+
+def _new_key(account_id: UUID, name: str, made: NewKey | None) -> Document:
+    if made is None:
+        raise NotDoneError(f"there is no account {account_id}, or it is closed")
+    return {"id": made.key_id, "account_id": account_id, "name": name, "key": made.secret}
+
+
+async def _every(
+    page: Callable[..., Coroutine[Any, Any, list[Document]]], name: str
+) -> list[Document]:
+    """Read all pages of a list; `name` is the column that it is ordered by."""
+    rows: list[Document] = []
+    while True:
+        more = await page(before=rows[-1][name] if rows else None, limit=_PAGE)
+        rows += more
+        if len(more) < _PAGE:
+            return rows
+
+
+@contextlib.asynccontextmanager
+async def administration(url: str, nanos_per_credit: int) -> AsyncGenerator[Administration]:
+    """Open the stores; ConfigurationError where the database is not what the settings say."""
+    require_schema(url)
+    async with make_pool(url, max_size=2) as pool:
+        await freeze_credit(PriceBooks(pool), nanos_per_credit)
+        ledger = Ledger(url, pool)
+        try:
+            yield Administration(Accounts(pool), ledger, nanos_per_credit)
+        finally:
+            await ledger.close()
