@@ -5,25 +5,28 @@
 #       --env TALLYGATE_LITELLM_KEY=… --env TALLYGATE_ADMIN_KEY=… \
 #       --publish 4000:4000 --volume tallygate:/var/lib/tallygate tallygate
 
-FROM python:3.11-slim AS build
+# Any Debian or Ubuntu with python3 (3.11 or later) and its venv module will do.
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /src
-RUN python -m venv /venv
+RUN python3 -m venv /venv && python3 -m venv /builder
 COPY requirements-proxy.lock ./
 RUN /venv/bin/pip install --no-deps --require-hashes --requirement requirements-proxy.lock
 # The build backend comes from the lock too; it stays in this stage.
 COPY requirements.lock ./
 RUN awk '/^[^ ]/ {on = /^(hatchling|packaging|pathspec|pluggy|trove-classifiers)==/} on' \
         requirements.lock > build.lock \
-    && pip install --no-deps --require-hashes --requirement build.lock
+    && /builder/bin/pip install --no-deps --require-hashes --requirement build.lock
 COPY pyproject.toml README.md schema.sql config.yaml ./
 COPY pricing pricing
 COPY proxy proxy
-RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+RUN /builder/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && /venv/bin/pip install --no-deps /wheels/*.whl \
     && /venv/bin/pip uninstall --yes pip setuptools
 
-FROM python:3.11-slim
+FROM ${BASE}
 RUN useradd --system --uid 10001 --home-dir /var/lib/tallygate --create-home tallygate
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH \

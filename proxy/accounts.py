@@ -168,7 +168,7 @@ class Accounts:
         return row is not None and bool(row[0])
 
     async def principal(self, key_hash: bytes) -> Principal | None:
-        """Find whose key this is; None for an unknown one. Its status is for the caller to judge."""
+        """Find whose key this is; None if unknown. Its status is for the caller to judge."""
         async with (
             self._pool.connection() as connection,
             connection.cursor(row_factory=class_row(Principal)) as cursor,

@@ -42,6 +42,8 @@ from proxy.wire.chat_request import ChatRequest
 
 # A model of which nobody says how long its answers can be.
 _UNKNOWN_OUTPUT_LIMIT = 16_384
+# Providers put some hundred tokens of their own into the prompt of a request with tools.
+_TOOLS_PROMPT_TOKENS = 1000
 # How often a copy of account and key is read again that was outdated when the ledger looked.
 _STALE_TRIES = 3
 # What a typical token takes, for the tokens-per-minute limit; the hold is reckoned with one.
@@ -95,9 +97,8 @@ class _Plan:
     rule: Rule
     published: PublishedBook
     provider_key: str | None
-    # What the request's tokens can be, and how many billed searches it can make.
+    # What the request's tokens can be.
     classes: frozenset[TokenClass]
-    searches: int
     input_tokens: int
     output_limit: int
     price_nanos: int
@@ -132,15 +133,15 @@ class Admission:
         self,
         request_id: UUID,
         virtual_key: str | None,
+        principal: Principal,
         request: ChatRequest,
         header: Callable[[bytes], str | None],
     ) -> Admitted:
         """Place a hold for the request or raise the error that says why not.
 
-        A hold that was placed is the caller's to settle; where this raises there is none, or its
-        void is under way.
+        `principal` is whose key this is as far as is known; the ledger decides. A hold that was
+        placed is the caller's to settle; where this raises there is none, or its void is under way.
         """
-        principal = await self._principals.authenticate(virtual_key)
         plan = self._plan(principal, request, header)
         authorization = await self._authorize(request_id, plan, request)
         for _ in range(_STALE_TRIES):
@@ -172,6 +173,7 @@ class Admission:
             + request.images * limits.tokens_per_image
             + request.audio_clips * limits.tokens_per_audio_clip
             + request.files * limits.tokens_per_file
+            + _TOOLS_PROMPT_TOKENS * ("tools" in request.fields)
         )
         if model.max_input_tokens is not None:
             input_tokens = min(input_tokens, model.max_input_tokens)
@@ -182,7 +184,6 @@ class Admission:
             published=published,
             provider_key=provider_key,
             classes=_classes(request),
-            searches=int("web_search_options" in request.fields),
             input_tokens=input_tokens,
             output_limit=_output_limit(model, request),
             price_nanos=0,
@@ -203,7 +204,8 @@ class Admission:
         return model
 
     def _priced(self, plan: _Plan, request: ChatRequest) -> _Plan:
-        output_tokens = request.n * plan.output_limit
+        # Predicted tokens that the model rejects are billed as output, beyond its limit.
+        output_tokens = request.n * (plan.output_limit + request.prediction_bytes)
         if plan.provider_key is not None:
             return replace(plan, price_nanos=self._byok_fee(plan, output_tokens))
         price_nanos = ceiling_price(
@@ -214,7 +216,6 @@ class Admission:
             nanos_per_credit=plan.published.nanos_per_credit,
             default_hold_nanos=self._limits.default_hold_nanos,
             classes=plan.classes,
-            searches=plan.searches,
         )
         return replace(plan, price_nanos=price_nanos)
 
@@ -227,7 +228,6 @@ class Admission:
             plan.input_tokens,
             output_tokens,
             classes=plan.classes,
-            searches=plan.searches,
         )
         if cost_picos is None:
             return self._limits.default_hold_nanos
@@ -309,7 +309,6 @@ class Admission:
             plan.published.nanos_per_credit,
             max_output_tokens=plan.output_limit,
             classes=plan.classes,
-            searches=plan.searches,
         )
 
     def _refused(
@@ -338,10 +337,9 @@ _RATE_LIMITS = {
 
 
 def _classes(request: ChatRequest) -> frozenset[TokenClass]:
-    modalities = bytes(request.fields.get("modalities", b""))
     return possible_classes(
-        audio=bool(request.audio_clips) or b"audio" in modalities,
-        images=bool(request.images) or b"image" in modalities,
+        audio=bool(request.audio_clips) or "audio" in request.modalities,
+        images=bool(request.images) or "image" in request.modalities,
     )
 
 

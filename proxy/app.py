@@ -30,7 +30,7 @@ from proxy.price_books import PriceBooks
 from proxy.principals import Principals
 from proxy.relay import Relay, RelayLimits
 from proxy.reports import Reports
-from proxy.settings import Settings, load_settings
+from proxy.settings import Settings, load_settings, supervisor_pid
 from proxy.settlement import Settler
 from proxy.spool import Spool
 from proxy.streaming import StreamLimits, StreamRelay
@@ -109,6 +109,7 @@ def make_app(settings: Settings) -> ASGIApp:
         byok_headers=settings.byok_headers,
     )
     relay = Relay(
+        principals=principals,
         admission=admission,
         upstream=upstream,
         settler=settler,
@@ -168,7 +169,7 @@ def make_app(settings: Settings) -> ASGIApp:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks)
             # uvicorn has waited for the requests; what they queued is made durable here.
             await settler.drain()
             await ledger.close()
@@ -212,8 +213,8 @@ def _die_with_parent() -> None:
 
     A worker that outlived its supervisor would hold the port, and nobody would restart it.
     """
-    if sys.platform != "linux" or os.environ.get("TALLYGATE_SUPERVISOR_PID") != str(os.getppid()):
+    if sys.platform != "linux" or supervisor_pid() != os.getppid():
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.environ["TALLYGATE_SUPERVISOR_PID"] != str(os.getppid()):
+    if supervisor_pid() != os.getppid():  # it died between the two
         os._exit(1)

@@ -24,7 +24,9 @@ class Batcher(Generic[Item, Result]):
     if it raises, every item of the batch gets that exception.
     """
 
-    def __init__(self, name: str, lanes: Sequence[Flush[Item, Result]], *, limit: int = 256) -> None:
+    def __init__(
+        self, name: str, lanes: Sequence[Flush[Item, Result]], *, limit: int = 256
+    ) -> None:
         self._lanes = list(lanes)
         self._limit = limit
         self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()

@@ -109,9 +109,7 @@ def read_models(rows: Sequence[Mapping[str, Any]]) -> dict[str, Model]:
     return {name: _model(name, found) for name, found in deployments.items()}
 
 
-def _model(
-    name: str, deployments: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
-) -> Model:
+def _model(name: str, deployments: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Model:
     infos = [info for info, _ in deployments]
     providers = {_provider(info, params) for info, params in deployments}
     return Model(

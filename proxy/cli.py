@@ -90,12 +90,13 @@ def _up(arguments: argparse.Namespace, settings: Settings) -> int:
     def announce(ready: "Announcement") -> None:
         _show(arguments, _announcement(ready), _welcome(ready, settings))
 
+    database_url = _secret(settings.database_url)
     options = UpOptions(
         data_dir=settings.data_dir,
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
-        database_url=_secret(settings.database_url),
+        database_url=None if database_url is None else _checked_url(database_url),
         litellm_url=settings.litellm_url,
         litellm_key=_secret(settings.litellm_key),
         litellm=settings.litellm,
@@ -166,7 +167,7 @@ def _serve(_arguments: argparse.Namespace, settings: Settings) -> int:
         raise ConfigurationError(msg)
     configure_logging(settings.log_level)
     serve(
-        database_url=settings.database_url.get_secret_value(),
+        database_url=_checked_url(settings.database_url.get_secret_value()),
         nanos_per_credit=settings.nanos_per_credit,
         price_book=settings.price_book,
         data_dir=settings.data_dir,
@@ -189,10 +190,18 @@ def _secret(value: SecretStr | None) -> str | None:
     return None if value is None else value.get_secret_value()
 
 
+def _checked_url(url: str) -> str:
+    """Refuse what is no address; libpq's own error would repeat it, password and all."""
+    if not url.startswith(("postgresql://", "postgres://")):
+        msg = "TALLYGATE_DATABASE_URL must look like postgresql://user@host:5432/database"
+        raise ConfigurationError(msg)
+    return url
+
+
 def _database_url(settings: Settings) -> str:
     """Return the URL of the settings, else the one of the embedded PostgreSQL if it runs."""
     if settings.database_url is not None:
-        return settings.database_url.get_secret_value()
+        return _checked_url(settings.database_url.get_secret_value())
     postgres = EmbeddedPostgres(settings.data_dir)
     if not postgres.is_running():
         msg = (

@@ -43,7 +43,7 @@ class LiteLLMControl:
             response = await self._client.get("/health/liveliness", timeout=2)
         except httpx.HTTPError:
             return False
-        return response.status_code == 200  # noqa: PLR2004 - HTTP's own name for success
+        return response.status_code == 200
 
     async def close(self) -> None:
         """Close the connections."""

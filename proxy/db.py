@@ -13,6 +13,9 @@ from typing import Any, LiteralString, cast
 
 import psycopg
 from psycopg import AsyncConnection, sql
+from psycopg.errors import error_from_result
+from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -69,30 +72,77 @@ Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 class Session:
     """One connection that opens when it is first needed, and again after it broke.
 
-    For callers that issue one statement at a time and can repeat it. `fetch` raises one of
-    CONNECTION_ERRORS where the server is away or silent for `timeout_s`.
+    For callers that issue one statement at a time and can repeat it, on the path of every request:
+    it drives libpq itself, with one reader that stays registered, which takes a third of the time
+    of a cursor. Statements have no name, so that a transaction pooler can stand in between.
     """
 
     def __init__(self, url: str, *, timeout_s: float) -> None:
         self._url = url
         self._timeout_s = timeout_s
         self._connection: AsyncConnection[TupleRow] | None = None
+        self._socket: int | None = None
+        self._ready: asyncio.Future[None] | None = None
         # Whether the last failed statement may have been carried out all the same.
         self.is_in_doubt = False
 
-    async def fetch(self, query: LiteralString, parameters: Sequence[object]) -> list[TupleRow]:
-        """Run one statement in a transaction of its own and return its rows."""
+    async def fetch(
+        self, query: LiteralString, parameters: Sequence[str]
+    ) -> list[tuple[str | None, ...]]:
+        """Run one statement in a transaction of its own; values are text both ways.
+
+        Raises one of CONNECTION_ERRORS where the server is away or silent for `timeout_s`, and
+        another psycopg.Error where it refuses.
+        """
         self.is_in_doubt = False
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = self._connection or await self._connect()
                 self.is_in_doubt = True
-                cursor = await connection.execute(query, parameters, prepare=True)
-                return await cursor.fetchall()
+                return await self._run(connection.pgconn, query, parameters)
         except (*CONNECTION_ERRORS, asyncio.CancelledError):
             # The state of the connection is unknown: a late answer must not be read as the next.
             await self.close()
             raise
+
+    async def _run(
+        self, pgconn: PGconn, query: LiteralString, parameters: Sequence[str]
+    ) -> list[tuple[str | None, ...]]:
+        loop = asyncio.get_running_loop()
+        pgconn.send_query_params(query.encode(), [value.encode() for value in parameters])
+        while pgconn.flush():  # the socket's buffer is full
+            await _writable(loop, pgconn.socket)
+        self._ready = loop.create_future()
+        await self._ready
+        results: list[PGresult] = []
+        while (result := pgconn.get_result()) is not None:
+            results.append(result)
+        if pgconn.status != ConnStatus.OK:  # it broke while the answer was on its way
+            raise psycopg.OperationalError(pgconn.get_error_message())
+        (result,) = results
+        if result.status != ExecStatus.TUPLES_OK:
+            raise error_from_result(result)
+        return [
+            tuple(
+                None if (value := result.get_value(row, column)) is None else bytes(value).decode()
+                for column in range(result.nfields)
+            )
+            for row in range(result.ntuples)
+        ]
+
+    def _on_readable(self, pgconn: PGconn) -> None:
+        waiting = self._ready
+        try:
+            pgconn.consume_input()
+            is_busy = pgconn.is_busy()
+        except psycopg.Error as error:
+            # libpq has closed the socket; whoever waits, or comes next, closes the rest.
+            self._stop_reading()
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(error)
+            return
+        if not is_busy and waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
     async def _connect(self) -> AsyncConnection[TupleRow]:
         connection = await AsyncConnection.connect(self._url, **_CONNECT_OPTIONS)
@@ -101,14 +151,34 @@ class Session:
         except BaseException:
             await connection.close()
             raise
+        pgconn = connection.pgconn
+        pgconn.nonblocking = 1
+        # Kept, because libpq forgets the number as soon as the connection breaks.
+        self._socket = pgconn.socket
+        asyncio.get_running_loop().add_reader(self._socket, self._on_readable, pgconn)
         self._connection = connection
         return connection
 
     async def close(self) -> None:
         """Close the connection, if there is one."""
         connection, self._connection = self._connection, None
+        self._stop_reading()
         if connection is not None:
             await connection.close()
+
+    def _stop_reading(self) -> None:
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            asyncio.get_running_loop().remove_reader(socket)
+
+
+async def _writable(loop: asyncio.AbstractEventLoop, socket: int) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(socket, ready.set_result, None)
+    try:
+        await ready
+    finally:
+        loop.remove_writer(socket)
 
 
 def unavailable(*, is_in_doubt: bool = False) -> MeteringUnavailableError:
@@ -203,5 +273,7 @@ def require_schema(url: str) -> None:
         raise ConfigurationError(msg) from None
     if found != SCHEMA_VERSION:
         has = "no Tallygate schema" if found is None else f"schema version {found}"
-        msg = f"the database has {has}, this program needs {SCHEMA_VERSION}: run `tallygate migrate`"
+        msg = (
+            f"the database has {has}, this program needs {SCHEMA_VERSION}: run `tallygate migrate`"
+        )
         raise ConfigurationError(msg)

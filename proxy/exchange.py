@@ -123,7 +123,7 @@ class Exchange:
     async def start(
         self, headers: Iterable[tuple[bytes, bytes]], on_gone: Callable[[], None]
     ) -> None:
-        """Begin a streamed answer; `on_gone` is called once if the client hangs up before its end."""
+        """Begin a streamed answer; `on_gone` is called if the client hangs up before its end."""
         self.status = 200
         self.is_streaming = True
         await self._send(

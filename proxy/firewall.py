@@ -62,23 +62,27 @@ _NAMES: Mapping[str, str] = {
     # Some reach other customers: queues, cooldowns, callbacks of the whole process.
     """
     self args kwargs func acompletion aembedding aimg_generation atext_completion text_completion
-    allm_passthrough_route     original_function original_generic_function call_type async_call client use_client
-    client_disconnected shared_session complete_response completion_call_id id order rust agent
-    logger_fn verbose no_log turn_off_message_logging standard_logging_object error_information
-    log_client_error_tracebacks internal_call_origin is_silent_experiment exception
-    allowed_openai_params additional_drop_params drop_params enable_json_schema_validation
-    merge_reasoning_content_in_choices stream_chunk_size stream_response keepalive_seconds
-    allow_client_keepalive_override disable_add_transform_inline_image_block output_vector_size
-    cache caching caching_groups ttl enable_prompt_caching priority weight weights rpm tpm itpm otpm
-    max_budget budget_duration max_parallel_requests max_file_size_mb max_agentic_loops
-    fastest_response attempted_targets policy_sources tag_regex enable_tag_filtering labels
-    configurable_clientside_auth_params user_config ssl_verify use_ssl data_residency
-    use_in_pass_through use_chat_completions_api client_side_timeout passthrough
-    bos_token eos_token roles initial_prompt_value final_prompt_value custom_prompt_dict
-    supports_system_message ensure_alternating_roles user_continue_message
-    assistant_continue_message chat_template hf_model_name prompt prompt_id prompt_label
-    prompt_variables prompt_version prompt_environment team_id agent_id end_user_id
-    kv_transfer_params mm_processor_kwargs lora_request extra_body extra_query
+    allm_passthrough_route original_function original_generic_function call_type async_call client
+    use_client client_disconnected shared_session complete_response completion_call_id id order
+    rust agent logger_fn verbose no_log turn_off_message_logging standard_logging_object
+    error_information log_client_error_tracebacks internal_call_origin is_silent_experiment
+    exception allowed_openai_params additional_drop_params drop_params
+    enable_json_schema_validation merge_reasoning_content_in_choices stream_chunk_size
+    stream_response keepalive_seconds allow_client_keepalive_override
+    disable_add_transform_inline_image_block output_vector_size cache caching caching_groups ttl
+    enable_prompt_caching priority weight weights rpm tpm itpm otpm max_budget budget_duration
+    max_parallel_requests max_file_size_mb max_agentic_loops fastest_response attempted_targets
+    policy_sources tag_regex enable_tag_filtering labels configurable_clientside_auth_params
+    user_config ssl_verify use_ssl data_residency use_in_pass_through use_chat_completions_api
+    client_side_timeout passthrough bos_token eos_token roles initial_prompt_value
+    final_prompt_value custom_prompt_dict supports_system_message ensure_alternating_roles
+    user_continue_message assistant_continue_message chat_template hf_model_name prompt prompt_id
+    prompt_label prompt_variables prompt_version prompt_environment team_id agent_id end_user_id
+    mm_processor_kwargs lora_request extra_body extra_query config session input contents
+    acreate_batch acreate_fine_tuning_job amoderation arerank aresponses aspeech atranscription
+    max_iterations max_budget_per_session cache_hit cache_control_injection_points background
+    logging_obj service_logger_obj start_time completion_start_time complete_streaming_response
+    async_complete_streaming_response combined_usage_object inherited_tags
     """: _OPERATORS,
     """
     api_key api_base api_version organization tenant_id client_id bucket_name use_xai_oauth
@@ -97,10 +101,10 @@ _NAMES: Mapping[str, str] = {
     """: _OWN_COST,
     # Other providers' names for how much is said: they would outbid the limit that is reserved for.
     """
-    best_of candidate_count num_return_sequences num_generations max_output_tokens max_new_tokens
-    max_tokens_to_sample max_gen_len max_length max_completion_length max_generated_tokens
-    max_token num_predict generation_config inference_config text_generation_config options
-    parameters
+    best_of candidate_count sample_count num_return_sequences num_generations max_output_tokens
+    max_new_tokens max_tokens_to_sample max_gen_len max_length max_completion_length
+    max_generated_tokens max_token num_predict generation_config inference_config
+    text_generation_config options parameters
     """: _LIMITS,
     """
     cached_content previous_response_id conversation vector_store_id vector_store_ids file_ids
@@ -110,24 +114,25 @@ _NAMES: Mapping[str, str] = {
 # A parameter with one of these words in its name is a setting, a credential or a destination.
 _WORDS: Mapping[str, str] = {
     """
-    litellm mock fallback fallbacks retry retries timeout cooldown callback callbacks
-    guardrail guardrails header headers metadata proxy policies interception
-    region cost costs pricing multiplier beta
+    litellm mock fallback fallbacks retry retries timeout cooldown callback callbacks guardrail
+    guardrails header headers metadata proxy policies interception region cost costs pricing
+    multiplier beta api span params
     """: _OPERATORS,
     """
     key token secret credential credentials password endpoint url uri host port webhook project
+    tenant organization organizations
     """: _CREDENTIALS,
-    "router routing": _ONE_ROUTE,
+    "router routing model models deployment deployments": _ONE_ROUTE,
 }
 
 # Whose settings LiteLLM takes from the body: clouds, loggers, its own routers.
 _FIRST_WORDS: Mapping[str, str] = {
     """
-    agentcore anthropic arize aws azure bedrock braintrust datadog dd fireworks gcs gemini gigachat
-    helicone humanloop langfuse langsmith lunary mcp milvus newrelic nvcf oci openai opik otel
-    phoenix pillar posthog s3 sagemaker signoz slack valkey vertex wandb watsonx weave
+    agentcore anthropic arize aws azure bedrock braintrust datadog dd fireworks gcp gcs gemini
+    gigachat helicone humanloop langfuse langsmith lunary mcp milvus newrelic nvcf oci openai opik
+    otel phoenix pillar posthog redis s3 sagemaker signoz slack valkey vertex wandb watsonx weave
     """: _OPERATORS,
-    "adaptive auto complexity model quality": _ONE_ROUTE,
+    "adaptive auto complexity quality": _ONE_ROUTE,
 }
 
 # Letters, digits and underscores: LiteLLM reads `metadata[tags]` as a member of `metadata`.

@@ -1,19 +1,18 @@
 """The ledger: the only caller of the functions of `schema.sql` that move money.
 
-`authorize` and `settle` queue their item and are carried by the next batch. Both are safe to repeat:
-after a lost answer the same batch is sent again, and the database says what it did the first time.
+`authorize` queues its item, which the next batch carries. Authorizing and settling are safe to
+repeat: after a lost answer the same batch is sent again, and the database says what it had done.
 """
 
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 from uuid import UUID
 
 import msgspec
 import psycopg
-from psycopg.rows import TupleRow
 
 from proxy.batcher import Batcher
 from proxy.db import CONNECTION_ERRORS, Pool, Session, unavailable
@@ -151,14 +150,20 @@ class Ledger:
     async def extend_holds(self, holds: Sequence[tuple[UUID, UUID]], ttl_s: int) -> None:
         """Give live requests, as pairs of account and request id, `ttl_s` from now."""
         await self._heartbeat.fetch(
-            "SELECT extend_holds(%s::uuid[], %s::uuid[], %s)",
-            ([hold[0] for hold in holds], [hold[1] for hold in holds], ttl_s),
+            "SELECT extend_holds($1::uuid[], $2::uuid[], $3)",
+            (
+                "{" + ",".join(str(hold[0]) for hold in holds) + "}",
+                "{" + ",".join(str(hold[1]) for hold in holds) + "}",
+                str(ttl_s),
+            ),
         )
 
     async def expire_holds(self, *, limit: int, grace_s: int) -> int:
         """Expire holds that are overdue by `grace_s`; returns how many."""
-        rows = await self._heartbeat.fetch("SELECT expire_holds(%s, %s)", (limit, grace_s))
-        return int(rows[0][0])
+        rows = await self._heartbeat.fetch(
+            "SELECT expire_holds($1, $2)", (str(limit), str(grace_s))
+        )
+        return int(rows[0][0] or 0)
 
     async def ensure_partitions(self) -> None:
         """Have the partitions of this month and the next three."""
@@ -214,9 +219,7 @@ class _AuthorizeLane:
         self._session = session
         self._seconds = LEDGER_SECONDS.labels("authorize")
 
-    async def __call__(
-        self, batch: Sequence[HoldRequest]
-    ) -> Sequence[Authorization | Exception]:
+    async def __call__(self, batch: Sequence[HoldRequest]) -> Sequence[Authorization | Exception]:
         try:
             return await self._ask(batch)
         except CONNECTION_ERRORS:
@@ -238,11 +241,14 @@ class _AuthorizeLane:
         started = time.perf_counter()
         rows = await self._session.fetch(
             "SELECT outcome, available, budget_left, requests_limit, requests_left, tokens_limit,"
-            " tokens_left FROM authorize_batch(%s::json)",
+            " tokens_left FROM authorize_batch($1)",
             (msgspec.json.encode(batch).decode(),),
         )
         self._seconds.observe(time.perf_counter() - started)
-        return [Authorization(*row) for row in rows]
+        return [
+            Authorization(outcome or "", *[None if text is None else int(text) for text in numbers])
+            for outcome, *numbers in rows
+        ]
 
 
 async def settle_batch(session: Session, settlements: Sequence[bytes]) -> list[Settled]:
@@ -251,12 +257,13 @@ async def settle_batch(session: Session, settlements: Sequence[bytes]) -> list[S
     Raises one of CONNECTION_ERRORS, or another psycopg.Error where the database refuses one.
     """
     started = time.perf_counter()
-    rows: list[TupleRow] = await session.fetch(
-        "SELECT ord, outcome, overdraft FROM settle_batch(%s::json)",
+    rows = await session.fetch(
+        "SELECT ord, outcome, overdraft FROM settle_batch($1)",
         ((b"[" + b",".join(settlements) + b"]").decode(),),
     )
     LEDGER_SECONDS.labels("settle").observe(time.perf_counter() - started)
-    answers: list[Any] = [None] * len(settlements)
-    for ord_, outcome, overdraft in rows:
-        answers[ord_ - 1] = Settled(outcome, overdraft)
-    return answers
+    answers = {
+        int(ord_ or 0): Settled(outcome or "", int(overdraft or 0))
+        for ord_, outcome, overdraft in rows
+    }
+    return [answers[number] for number in range(1, len(settlements) + 1)]

@@ -79,9 +79,7 @@ def _charge(admitted: Admitted, cost_picos: int | None, usage: Usage | None) -> 
     per_credit = admitted.published.nanos_per_credit
     if admitted.is_byok:
         return byok_charge(admitted.rule, cost_picos=cost_picos, nanos_per_credit=per_credit)
-    return charge(
-        admitted.rule, cost_picos=cost_picos, usage=usage, nanos_per_credit=per_credit
-    )
+    return charge(admitted.rule, cost_picos=cost_picos, usage=usage, nanos_per_credit=per_credit)
 
 
 def _cost(admitted: Admitted, reading: Reading, usage: Usage | None) -> _Cost:

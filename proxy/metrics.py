@@ -9,9 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-REQUESTS = Counter(
-    "tallygate_requests", "Requests by outcome", ["endpoint", "model", "status"]
-)
+REQUESTS = Counter("tallygate_requests", "Requests by outcome", ["endpoint", "model", "status"])
 REQUEST_SECONDS = Histogram(
     "tallygate_request_seconds",
     "From the request's first byte to its answer's last",

@@ -4,28 +4,27 @@ Whatever happens after the hold is placed, the request is settled exactly once b
 of its answer leave; if this process dies first, the hold is left to the sweeper.
 """
 
-
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
+import msgspec
 from prometheus_client import Counter, Histogram
 
 from proxy import firewall, metering, metrics
 from proxy.admission import Admission, Admitted
+from proxy.call import Call
 from proxy.errors import TallygateError, UpstreamError, UpstreamProtocolError
 from proxy.exchange import Exchange
-from proxy.ledger import Settlement
-from proxy.metering import Reading
+from proxy.principals import Principals
 from proxy.settlement import Settler
 from proxy.streaming import StreamRelay
 from proxy.sweeper import Heartbeat
 from proxy.upstream import Upstream, UpstreamAnswer
 from proxy.wire.chat_answer import read_chat_answer
-from proxy.wire.chat_request import ChatRequest, parse_chat_request, upstream_body
+from proxy.wire.chat_request import parse_chat_request, upstream_body
 
 log = logging.getLogger("tallygate.request")
 
@@ -49,6 +48,7 @@ class Relay:
     def __init__(
         self,
         *,
+        principals: Principals,
         admission: Admission,
         upstream: Upstream,
         settler: Settler,
@@ -57,6 +57,7 @@ class Relay:
         master_key: str,
         limits: RelayLimits,
     ) -> None:
+        self._principals = principals
         self._admission = admission
         self._upstream = upstream
         self._settler = settler
@@ -71,16 +72,19 @@ class Relay:
         model = "unknown"
         metrics.STREAMS_OPEN.inc()
         try:
+            key = exchange.virtual_key
+            principal = await self._principals.authenticate(key)
             request = parse_chat_request(await exchange.read_body(self._limits.max_body_bytes))
             fields = firewall.check_body(request.fields)
             admitted = await self._admission.admit(
-                exchange.request_id, exchange.virtual_key, request, exchange.header
+                exchange.request_id, key, principal, request, exchange.header
             )
             model = admitted.model.name
             account_id = admitted.principal.account_id
             self._heartbeat.add(account_id, exchange.request_id)
+            call = Call(exchange=exchange, request=request, admitted=admitted, started=started)
             try:
-                await self._forward(exchange, request, fields, admitted, started)
+                await self._forward(call, fields)
             finally:
                 self._heartbeat.remove(exchange.request_id)
         except TallygateError as error:
@@ -93,49 +97,36 @@ class Relay:
             metrics.STREAMS_OPEN.dec()
             self._account_for(exchange, model, started)
 
-    async def _forward(
-        self,
-        exchange: Exchange,
-        request: ChatRequest,
-        fields: Mapping[str, Any],
-        admitted: Admitted,
-        started: float,
-    ) -> None:
-        reading = Reading()
+    async def _forward(self, call: Call, fields: Mapping[str, msgspec.Raw]) -> None:
+        admitted, reading = call.admitted, call.reading
         body = upstream_body(
-            request,
+            call.request,
             fields=dict(fields),
             output_limit=admitted.clamped_output,
             api_key=admitted.provider_key,
         )
-        headers = firewall.upstream_headers(str(exchange.request_id), self._master_key)
+        headers = firewall.upstream_headers(str(call.exchange.request_id), self._master_key)
         try:
             answer = await self._upstream.post(_PATH, body, headers)
             try:
                 reading.upstream_status = answer.status
                 if answer.status != _OK:
                     raise await self._upstream.failure(answer, is_byok=admitted.is_byok)
-                if request.stream:
-                    await self._streams.relay(exchange, request, admitted, answer, reading, started)
+                if call.request.stream:
+                    await self._streams.relay(call, answer)
                 else:
-                    await self._whole(exchange, admitted, answer, reading, started)
+                    await self._whole(call, answer)
             finally:
                 answer.close()
         except TallygateError as error:
             if reading.duration_ms is None:  # not settled yet
                 reading.error_code = error.code
-                reading.duration_ms = _ms_since(started)
+                reading.duration_ms = call.milliseconds()
                 await self._settler.settle(metering.void(admitted, reading))
             raise
 
-    async def _whole(
-        self,
-        exchange: Exchange,
-        admitted: Admitted,
-        answer: UpstreamAnswer,
-        reading: Reading,
-        started: float,
-    ) -> None:
+    async def _whole(self, call: Call, answer: UpstreamAnswer) -> None:
+        admitted, reading = call.admitted, call.reading
         body = await answer.read(self._limits.max_answer_bytes)
         chat = read_chat_answer(body)
         if not chat.is_valid:
@@ -145,24 +136,14 @@ class Relay:
         reading.cost_source = "header"
         reading.usage = chat.usage
         reading.model_answered = chat.model
-        reading.first_byte_ms = reading.duration_ms = _ms_since(started)
+        reading.first_byte_ms = reading.duration_ms = call.milliseconds()
         settlement = metering.settle(
             admitted, reading, charge_incomplete=self._limits.charge_cut_streams
         )
         await self._settler.settle(settlement)
-        await exchange.respond(
-            _OK, chat.body, self._answer_headers(admitted, answer, settlement)
+        await call.exchange.respond(
+            _OK, chat.body, _answer_headers(admitted, answer, settlement.price)
         )
-
-    def _answer_headers(
-        self, admitted: Admitted, answer: UpstreamAnswer, settlement: Settlement
-    ) -> list[tuple[bytes, bytes]]:
-        headers = firewall.client_headers(answer.headers)
-        headers += [(name.encode(), value.encode()) for name, value in admitted.headers.items()]
-        if settlement.price is not None:
-            credits = admitted.credits_text(settlement.price)
-            headers.append((b"x-tallygate-charge-credits", credits.encode()))
-        return headers
 
     def _account_for(self, exchange: Exchange, model: str, started: float) -> None:
         """Count and log the request; what the log says names no key and quotes no prompt."""
@@ -193,5 +174,12 @@ def _observers(model: str, status: str) -> tuple[Counter, Histogram]:
     )
 
 
-def _ms_since(started: float) -> int:
-    return round((time.monotonic() - started) * 1000)
+def _answer_headers(
+    admitted: Admitted, answer: UpstreamAnswer, price_nanos: int | None
+) -> list[tuple[bytes, bytes]]:
+    headers = firewall.client_headers(answer.headers)
+    headers += [(name.encode(), value.encode()) for name, value in admitted.headers.items()]
+    if price_nanos is not None:
+        charged = admitted.credits_text(price_nanos)
+        headers.append((b"x-tallygate-charge-credits", charged.encode()))
+    return headers

@@ -5,21 +5,17 @@ client that hangs up leaves that reading bounded in time and bytes.
 """
 
 import asyncio
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pricing.money import usd_text
 from proxy import metering
 from proxy.admission import Admitted
+from proxy.call import Call
 from proxy.errors import TallygateError, UpstreamError
-from proxy.exchange import Exchange
 from proxy.ledger import Settlement
-from proxy.metering import Reading
 from proxy.metrics import FIRST_BYTE_SECONDS, UPSTREAM_ERRORS
 from proxy.settlement import Settler
 from proxy.upstream import UpstreamAnswer, explain_stream_error
-from proxy.wire.chat_request import ChatRequest
 from proxy.wire.chat_stream import ChatStreamMeter
 from proxy.wire.sse import error_event
 
@@ -28,6 +24,9 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+_DRAINED = frozenset({"drain_bytes", "drain_timeout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,42 +46,30 @@ class StreamRelay:
         self._settler = settler
         self._limits = limits
 
-    async def relay(
-        self,
-        exchange: Exchange,
-        request: ChatRequest,
-        admitted: Admitted,
-        answer: UpstreamAnswer,
-        reading: Reading,
-        started: float,
-    ) -> None:
+    async def relay(self, call: Call, answer: UpstreamAnswer) -> None:
         """Pass the stream on and settle it.
 
         Raises UpstreamError, with nothing settled, where nothing of it had reached the client yet.
         """
-        meter = ChatStreamMeter(request.include_usage, self._limits.max_event_bytes)
-        failure = await self._pass_on(exchange, admitted, answer, meter, reading, started)
+        exchange = call.exchange
+        meter = ChatStreamMeter(call.request.include_usage, self._limits.max_event_bytes)
+        failure = await self._pass_on(call, answer, meter)
         meter.end()
         failure = failure or _reported_failure(meter)
         if failure is not None and not exchange.is_streaming and meter.usage is None:
             raise failure
-        settlement = self._settlement(exchange, admitted, meter, reading, failure, started)
+        settlement = self._settlement(call, meter, failure)
         await self._settler.settle(settlement)
         tail = _tail(meter, settlement, failure)
         if not exchange.is_streaming:
-            await self._start(exchange, admitted, _nothing)
+            await exchange.start(_headers(call.admitted), _nothing)
         await exchange.finish(tail)
 
     async def _pass_on(
-        self,
-        exchange: Exchange,
-        admitted: Admitted,
-        answer: UpstreamAnswer,
-        meter: ChatStreamMeter,
-        reading: Reading,
-        started: float,
+        self, call: Call, answer: UpstreamAnswer, meter: ChatStreamMeter
     ) -> TallygateError | None:
         """Read the upstream to its end; returns what ended it early, if anything did."""
+        exchange = call.exchange
         drained = 0
         try:
             async with asyncio.timeout(None) as deadline:
@@ -96,56 +83,48 @@ class StreamRelay:
                     if exchange.is_gone:
                         drained += len(chunk)
                         if drained > self._limits.drain_bytes:
-                            return UpstreamError("drained enough", code="drain_bytes")
+                            return UpstreamError(
+                                "the drain's bytes are used up", code="drain_bytes"
+                            )
                     elif passed:
                         if not exchange.is_streaming:
-                            await self._start(exchange, admitted, bound_the_drain)
-                            reading.first_byte_ms = round((time.monotonic() - started) * 1000)
-                            FIRST_BYTE_SECONDS.labels(
-                                "chat.completions", admitted.model.name
-                            ).observe(time.monotonic() - started)
+                            await exchange.start(_headers(call.admitted), bound_the_drain)
+                            _observe_first_byte(call)
                         await exchange.write(passed)
         except TimeoutError:
-            return UpstreamError("drained long enough", code="drain_timeout")
+            return UpstreamError("the drain's time is up", code="drain_timeout")
         except TallygateError as error:
             return error
         return None
 
-    async def _start(
-        self, exchange: Exchange, admitted: Admitted, on_gone: Callable[[], None]
-    ) -> None:
-        headers = [
-            *_STREAM_HEADERS,
-            *((name.encode(), value.encode()) for name, value in admitted.headers.items()),
-        ]
-        await exchange.start(headers, on_gone)
-
     def _settlement(
-        self,
-        exchange: Exchange,
-        admitted: Admitted,
-        meter: ChatStreamMeter,
-        reading: Reading,
-        failure: TallygateError | None,
-        started: float,
+        self, call: Call, meter: ChatStreamMeter, failure: TallygateError | None
     ) -> Settlement:
+        reading = call.reading
         reading.cost_text = meter.cost_text
         reading.cost_source = "stream"
         reading.usage = meter.usage
         reading.model_answered = meter.model
-        reading.client_gone = exchange.is_gone
+        reading.client_gone = call.exchange.is_gone
         reading.delivered_bytes = meter.output_bytes
-        reading.duration_ms = round((time.monotonic() - started) * 1000)
+        reading.duration_ms = call.milliseconds()
         if failure is not None:
             reading.error_code = failure.code
+            reading.incomplete = "client_gone" if failure.code in _DRAINED else "stream_cut"
             UPSTREAM_ERRORS.labels(failure.code).inc()
-            if meter.usage is None:
-                reading.incomplete = "stream_cut"
-        elif not meter.saw_done and meter.usage is None:
-            reading.incomplete = "stream_cut"
         return metering.settle(
-            admitted, reading, charge_incomplete=self._limits.charge_cut_streams
+            call.admitted, reading, charge_incomplete=self._limits.charge_cut_streams
         )
+
+
+def _headers(admitted: Admitted) -> list[tuple[bytes, bytes]]:
+    limits = [(name.encode(), value.encode()) for name, value in admitted.headers.items()]
+    return _STREAM_HEADERS + limits
+
+
+def _observe_first_byte(call: Call) -> None:
+    call.reading.first_byte_ms = call.milliseconds()
+    FIRST_BYTE_SECONDS.labels("chat.completions", call.admitted.model.name).observe(call.seconds())
 
 
 def _nothing() -> None:
@@ -162,9 +141,7 @@ def _reported_failure(meter: ChatStreamMeter) -> TallygateError | None:
     return None
 
 
-def _tail(
-    meter: ChatStreamMeter, settlement: Settlement, failure: TallygateError | None
-) -> bytes:
+def _tail(meter: ChatStreamMeter, settlement: Settlement, failure: TallygateError | None) -> bytes:
     """The last bytes for the client: the usage with its price, or the error that ended it."""
     if failure is not None and meter.usage is None:
         return error_event(failure.body())

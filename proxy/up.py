@@ -6,6 +6,7 @@ on the same directory finds that, and the service replays its spool.
 
 import asyncio
 import contextlib
+import fcntl
 import http.client
 import logging
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +159,16 @@ def _log_to(path: Path) -> None:
 
 
 def _bring_up(options: UpOptions, children: contextlib.ExitStack) -> Announcement:
+    children.enter_context(_lock(options.data_dir))
     wait_for_port(options.host, options.port, timeout_s=PORT_TIMEOUT_S)
+    litellm_key = _litellm_key(options)
     with ThreadPoolExecutor(max_workers=1) as executor:
-        # It takes as long as all the rest together.
-        litellm = executor.submit(_start_litellm, options, children)
+        # LiteLLM takes as long as all the rest together.
+        litellm = executor.submit(_litellm(options, litellm_key, children))
         try:
             database_url = options.database_url or _start_postgres(options.data_dir, children)
             migrate(database_url)
-            litellm_url, litellm_key = litellm.result()
+            litellm_url = litellm.result()
         except BaseException:
             children.close()  # else the executor would wait until LiteLLM is up
             raise
@@ -203,13 +206,32 @@ def _start_postgres(data_dir: Path, children: contextlib.ExitStack) -> str:
     return postgres.start()
 
 
-def _start_litellm(options: UpOptions, children: contextlib.ExitStack) -> tuple[str, str]:
-    if options.litellm_url is not None:
-        return options.litellm_url, options.litellm_key or ""
-    key = options.litellm_key or kept_secret(litellm_key_path(options.data_dir))
+def _litellm_key(options: UpOptions) -> str:
+    if options.litellm_key is None and options.litellm_url is None:
+        return kept_secret(litellm_key_path(options.data_dir))
+    return options.litellm_key or ""
+
+
+def _litellm(options: UpOptions, key: str, children: contextlib.ExitStack) -> Callable[[], str]:
+    """Return what starts LiteLLM and tells its URL; stopping it is seen to from now on."""
+    url = options.litellm_url
+    if url is not None:
+        return lambda: url
     litellm = LiteLLMChild(options.litellm, data_dir=options.data_dir, master_key=key)
     children.callback(litellm.stop)
-    return litellm.start(), key
+    return litellm.start
+
+
+@contextlib.contextmanager
+def _lock(data_dir: Path) -> Generator[None]:
+    """Hold the directory; the kernel lets go of it however we end."""
+    with (data_dir / "up.lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"another `tallygate up` works in {data_dir}: set TALLYGATE_DATA_DIR"
+            raise ConfigurationError(msg) from None
+        yield
 
 
 async def _starter_key(options: UpOptions, url: str) -> tuple[UUID, NewKey]:

@@ -139,31 +139,35 @@ def explain_failure(
     credential: of the customer's under BYOK, else of the operator's, which is none of its business.
     """
     message, code, param = _read_error(body)
+    error: TallygateError
     match status:
         case 400 | 422:
-            return InvalidRequestError(
+            error = InvalidRequestError(
                 message or "The provider refused the request.",
                 code=code or "provider_refused",
                 param=param,
             )
         case 401 | 403 if is_byok:
-            return InvalidProviderKeyError("The provider refused the key that you sent for it.")
+            error = InvalidProviderKeyError("The provider refused the key that you sent for it.")
         case 408 | 504:
-            return UpstreamTimeoutError("The provider did not answer in time. Nothing was charged.")
+            error = UpstreamTimeoutError(
+                "The provider did not answer in time. Nothing was charged."
+            )
         case 413:
-            return RequestTooLargeError("The provider refused the request as too large.")
+            error = RequestTooLargeError("The provider refused the request as too large.")
         case 429:
-            return UpstreamRateLimitError(
+            error = UpstreamRateLimitError(
                 "The provider is limiting requests to this model. Nothing was charged; try later.",
                 retry_after_s=_retry_after(headers),
             )
         case 503:
-            return UpstreamUnavailableError(
+            error = UpstreamUnavailableError(
                 "The model service is not available. Nothing was charged; try again shortly.",
                 retry_after_s=_retry_after(headers) or 2,
             )
         case _:
-            return UpstreamError("The provider failed to answer. Nothing was charged.")
+            error = UpstreamError("The provider failed to answer. Nothing was charged.")
+    return error
 
 
 def explain_stream_error(payload: bytes) -> TallygateError:
@@ -203,7 +207,9 @@ def _read_error(body: bytes) -> tuple[str | None, str | None, str | None]:
 
 
 _WRAPPING = re.compile(r"^(?:litellm\.\w+:\s*|\w+Exception\s*-\s*|\w+Error:\s*)+")
-_ROUTING = re.compile(r"[.\s]*(?:Received Model Group=|Available Model Group Fallbacks=).*", re.S)
+_ROUTING = re.compile(
+    r"[.\s]*(?:Received Model Group=|Available Model Group Fallbacks=).*", re.DOTALL
+)
 _SECRETS = re.compile(r"\b(?:sk|pk|key|AIza)[-_A-Za-z0-9*]{8,}|https?://\S+")
 
 

@@ -25,6 +25,7 @@ class DataPlane:
         self._catalog = services.catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, as ASGI has it."""
         exchange = Exchange(scope, receive, send)
         try:
             if scope["path"] == "/v1/chat/completions" and scope["method"] == "POST":
@@ -83,4 +84,9 @@ class DataPlane:
 
 def _as_openai(model: Model) -> dict[str, object]:
     # LiteLLM does not say when a model was made; OpenAI's clients require a number.
-    return {"id": model.name, "object": "model", "created": 0, "owned_by": model.provider or "tallygate"}
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": model.provider or "tallygate",
+    }

@@ -19,12 +19,14 @@ from proxy.wire.media import count_media
 MAX_CHOICES = 128
 # LiteLLM copies bodies recursively; far beyond this it answers 500.
 MAX_DEPTH = 128
+# Objects and lists; a million tokens of short messages are fewer.
+MAX_NODES = 100_000
 
 _T = TypeVar("_T")
 
 _MAX_MODEL_LENGTH = 256
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
-_NEITHER_BRACKET_NOR_QUOTE = bytes(set(range(256)) - set(b'[]{}"'))
+_NO_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,32 +111,34 @@ def _read_body(body: bytes) -> Fields:
         raise InvalidRequestError("The request body must be a JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
-    if _is_deeper_than(body, MAX_DEPTH):
-        raise _too_deep()
+    _check_nesting(body)
     return fields
+
+
+def _check_nesting(body: bytes) -> None:
+    """Refuse valid JSON that is small to send and dear to decode."""
+    if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
+        return
+    # Brackets within strings don't count. Without escapes, every other quote ends a string.
+    marks = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS)
+    brackets = b"".join(marks.split(b'"')[::2])
+    if len(brackets) > 2 * MAX_NODES:
+        raise InvalidRequestError(
+            f"The request body has too many objects and lists: {MAX_NODES} are the most."
+        )
+    for _ in range(MAX_DEPTH):
+        if not brackets:
+            return
+        # Each round takes away the innermost level.
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    if brackets:
+        raise _too_deep()
 
 
 def _too_deep() -> InvalidRequestError:
     return InvalidRequestError(
         f"The request body is nested too deep: {MAX_DEPTH} levels are the most."
     )
-
-
-def _is_deeper_than(body: bytes, limit: int) -> bool:
-    """Whether valid JSON has more levels of objects and arrays than that."""
-    if body.count(b"{") + body.count(b"[") <= limit:
-        return False
-    # Brackets within strings don't count. Without escapes, every other quote ends a string.
-    marks = (
-        body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NEITHER_BRACKET_NOR_QUOTE)
-    )
-    brackets = b"".join(marks.split(b'"')[::2])
-    for _ in range(limit):
-        if not brackets:
-            return False
-        # Each round takes away the innermost level.
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    return bool(brackets)
 
 
 def _model(fields: Fields) -> str:

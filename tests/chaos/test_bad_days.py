@@ -37,9 +37,12 @@ class World:
         self.url = url
 
     def rows(self, query: str, *parameters: object) -> list[dict[str, Any]]:
-        with psycopg.connect(self.url, row_factory=dict_row) as connection:
-            connection.execute("SET search_path = tallygate")
-            return connection.execute(query.encode(), parameters).fetchall()
+        with (
+            psycopg.connect(self.url) as connection,
+            connection.cursor(row_factory=dict_row) as cursor,
+        ):
+            cursor.execute("SET search_path = tallygate")
+            return cursor.execute(query.encode(), parameters).fetchall()
 
     def audit(self) -> None:
         """The ledger must be clean by every invariant."""
@@ -181,7 +184,8 @@ def test_postgresql_away_at_admission_is_503_and_comes_back_by_itself(world: Wor
         world.cluster.kill()
         refused = client.post(CHAT, json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (
-            503, "metering_unavailable",
+            503,
+            "metering_unavailable",
         )
         assert refused.headers["retry-after"]
         ready = client.get("/readyz")
@@ -194,7 +198,9 @@ def test_postgresql_away_at_admission_is_503_and_comes_back_by_itself(world: Wor
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_postgresql_away_at_settlement_spools_the_charge_and_posts_it_later(
-    world: World, provider: FakeProvider, stream: bool  # noqa: FBT001
+    world: World,
+    provider: FakeProvider,
+    stream: bool,  # noqa: FBT001
 ) -> None:
     customer = world.service.new_key()
     gate = Gate(after_chunks=1 if stream else 0)
@@ -249,14 +255,16 @@ def test_sigterm_lets_a_stream_finish_and_settle(world: World, provider: FakePro
     gate = Gate(after_chunks=1)
     provider.reply("priced", Reply(gate=gate))
     body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-    with world.service.client(customer.key) as client:
-        with client.stream("POST", CHAT, json=body) as answer:
-            parts = answer.iter_text()
-            text = next(parts)
-            assert world.service.process is not None
-            world.service.process.terminate()
-            gate.open()
-            text += "".join(parts)
+    with (
+        world.service.client(customer.key) as client,
+        client.stream("POST", CHAT, json=body) as answer,
+    ):
+        parts = answer.iter_text()
+        text = next(parts)
+        assert world.service.process is not None
+        world.service.process.terminate()
+        gate.open()
+        text += "".join(parts)
     assert text.endswith("data: [DONE]\n\n")
     assert world.service.process.wait(30) == 0
     (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)

@@ -31,9 +31,12 @@ class House:
 
     def rows(self, query: str, *parameters: object) -> list[dict[str, Any]]:
         """Read the database."""
-        with psycopg.connect(self.database_url, row_factory=dict_row) as connection:
-            connection.execute("SET search_path = tallygate")
-            return connection.execute(query.encode(), parameters).fetchall()
+        with (
+            psycopg.connect(self.database_url) as connection,
+            connection.cursor(row_factory=dict_row) as cursor,
+        ):
+            cursor.execute("SET search_path = tallygate")
+            return cursor.execute(query.encode(), parameters).fetchall()
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Guest:
     house: House
     customer: Customer
 
-    def chat(self, *, headers: dict[str, str] | None = None, **body: object) -> httpx.Response:
+    def chat(self, *, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         """Send a chat completion; `model` is priced and the message short unless told otherwise."""
         document = {
             "model": "priced",
@@ -86,12 +89,14 @@ class Guest:
     def wait_settled(self, *, count: int = 1) -> None:
         """Wait until `count` requests of the account have ended."""
         wait_for(
-            lambda: len(
-                self.house.rows(
-                    "SELECT 1 FROM usage WHERE account_id = %s", self.customer.account_id
+            lambda: (
+                len(
+                    self.house.rows(
+                        "SELECT 1 FROM usage WHERE account_id = %s", self.customer.account_id
+                    )
                 )
-            )
-            >= count,
+                >= count
+            ),
             "the settlement",
         )
 
@@ -124,9 +129,7 @@ def make_house(
     """Start services on databases of their own; `litellm_url` replaces the real LiteLLM."""
     made: list[House] = []
 
-    def make(
-        *, litellm_url: str | None = None, wait: bool = True, **options: Any
-    ) -> House:
+    def make(*, litellm_url: str | None = None, wait: bool = True, **options: Any) -> House:
         key = "sk-unused"
         if litellm_url is None:
             litellm: RunningLiteLLM = request.getfixturevalue("litellm")

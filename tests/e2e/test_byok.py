@@ -15,7 +15,10 @@ WITH_OWN_KEY = {"X-Provider-Key": OWN_KEY}
 @pytest.mark.parametrize("header", ["X-Provider-Key", "X-OpenAI-Key"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_call_goes_out_with_the_customers_key_and_costs_no_credits(
-    house: House, provider: FakeProvider, header: str, stream: bool  # noqa: FBT001
+    house: House,
+    provider: FakeProvider,
+    header: str,
+    stream: bool,  # noqa: FBT001
 ) -> None:
     guest = house.customer(credits="0")
     answer = guest.chat(headers={header: OWN_KEY}, stream=stream)

@@ -30,7 +30,10 @@ def test_answer_is_the_providers_and_the_charge_is_its_cost_doubled(
     row = guest.usage()
     assert answer.headers["x-request-id"] == str(row["request_id"])
     assert (row["status"], row["cost_picos"], row["cost_source"], row["price"]) == (
-        "billed", COST_PICOS, "header", PRICE_NANOS,
+        "billed",
+        COST_PICOS,
+        "header",
+        PRICE_NANOS,
     )
     assert guest.balance() == (1_000_000_000 - PRICE_NANOS, 0)
     assert provider.last().headers["authorization"].endswith("provider-key-of-the-house")
@@ -70,13 +73,16 @@ def test_stream_brings_every_piece_and_the_price_where_it_was_asked_for(guest: G
     assert Decimal(str(usage.model_extra["cost"])) == Decimal("0.00015")  # type: ignore[index]
     row = guest.usage()
     assert (row["status"], row["cost_picos"], row["cost_source"], row["price"]) == (
-        "billed", COST_PICOS, "stream", PRICE_NANOS,
+        "billed",
+        COST_PICOS,
+        "stream",
+        PRICE_NANOS,
     )
 
 
 @pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
 def test_stream_hides_the_usage_from_a_client_that_did_not_ask(
-    guest: Guest, options: dict[str, object]
+    guest: Guest, options: dict[str, Any]
 ) -> None:
     answer = guest.chat(stream=True, **options)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -137,7 +143,9 @@ def test_unpriced_model_answers_and_asks_for_review(guest: Guest, stream: bool) 
     assert (answer.status_code, "Hello" in answer.text) == (200, True)
     row = guest.usage()
     assert (row["status"], row["price"], row["review_reason"]) == (
-        "needs_review", None, "price_missing",
+        "needs_review",
+        None,
+        "price_missing",
     )
     assert guest.uncharged()
 
@@ -171,10 +179,14 @@ def test_models_are_listed_for_the_key_that_asks(house: House) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
+    "method, path",
     [
-        ("POST", "/v1/embeddings"), ("GET", CHAT), ("POST", "/v1/chat/completions/"),
-        ("POST", "/v1/"), ("GET", "/v1/../model/info"), ("POST", "/v1/%63hat/completion"),
+        ("POST", "/v1/embeddings"),
+        ("GET", CHAT),
+        ("POST", "/v1/chat/completions/"),
+        ("POST", "/v1/"),
+        ("GET", "/v1/../model/info"),
+        ("POST", "/v1/%63hat/completion"),
     ],
 )
 def test_every_other_path_is_unsupported(

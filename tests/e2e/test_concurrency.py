@@ -43,9 +43,7 @@ def test_revoked_key_is_refused_by_every_worker_at_once(flat: House) -> None:
         warm = [pool.submit(guest.chat) for _ in range(32)]
         assert {answer.result().status_code for answer in warm} == {200}
     customer = guest.customer
-    flat.service.admin(
-        "DELETE", f"/admin/v1/accounts/{customer.account_id}/keys/{customer.key_id}"
-    )
+    flat.service.admin("DELETE", f"/admin/v1/accounts/{customer.account_id}/keys/{customer.key_id}")
     with ThreadPoolExecutor(16) as pool:
         refused = [pool.submit(guest.chat) for _ in range(32)]
         assert {answer.result().status_code for answer in refused} == {401}

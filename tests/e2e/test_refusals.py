@@ -20,8 +20,17 @@ def send(guest: Guest, content: bytes, **headers: str) -> httpx.Response:
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"model": NaN}', b"{}" * 2,
-        b"[" * 100_000, b'{"a":' * 100_000, b'{"model":"priced","messages":[{"a":NaN}]}',
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": NaN}',
+        b"{}" * 2,
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"model":"priced","messages":[{"a":NaN}]}',
         b'{"model":"priced","messages":[{"content":"\\ud800"}]}',
     ],
 )
@@ -34,18 +43,34 @@ def test_malformed_json_is_refused(guest: Guest, provider: FakeProvider, content
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "field, value",
     [
-        ("model", None), ("model", 7), ("model", ""), ("model", ["priced"]), ("model", "x" * 300),
-        ("messages", None), ("messages", []), ("messages", "hi"), ("messages", {}),
-        ("stream", "true"), ("stream", 1), ("max_tokens", -1), ("max_tokens", 0),
-        ("max_tokens", "50"), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", 10**30),
-        ("max_completion_tokens", "x"), ("n", 0), ("n", True), ("n", 10**9),
+        ("model", None),
+        ("model", 7),
+        ("model", ""),
+        ("model", ["priced"]),
+        ("model", "x" * 300),
+        ("messages", None),
+        ("messages", []),
+        ("messages", "hi"),
+        ("messages", {}),
+        ("stream", "true"),
+        ("stream", 1),
+        ("max_tokens", -1),
+        ("max_tokens", 0),
+        ("max_tokens", "50"),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_tokens", 10**30),
+        ("max_completion_tokens", "x"),
+        ("n", 0),
+        ("n", True),
+        ("n", 10**9),
         ("stream_options", "x"),
     ],
 )
 def test_wrong_types_are_refused_by_the_name_of_the_field(
-    guest: Guest, provider: FakeProvider, field: str, value: object
+    guest: Guest, provider: FakeProvider, field: str, value: Any
 ) -> None:
     answer = guest.chat(**{field: value})
     error = answer.json()["error"]
@@ -83,9 +108,14 @@ def test_body_over_the_limit_is_refused_however_it_is_sent(
 @pytest.mark.parametrize(
     "headers",
     [
-        {}, {"authorization": ""}, {"authorization": "Bearer "}, {"authorization": "Basic abc"},
-        {"authorization": "Bearer sk-" + "x" * 43}, {"x-api-key": " "},
-        {"authorization": "Bearer \xff\xfe"}, {"x-api-key": "sk-\x7f' OR 1=1"},
+        {},
+        {"authorization": ""},
+        {"authorization": "Bearer "},
+        {"authorization": "Basic abc"},
+        {"authorization": "Bearer sk-" + "x" * 43},
+        {"x-api-key": " "},
+        {"authorization": "Bearer \xff\xfe"},
+        {"x-api-key": "sk-\x7f' OR 1=1"},
     ],
 )
 def test_missing_and_unknown_keys_are_401(house: House, headers: dict[str, str]) -> None:
@@ -197,21 +227,38 @@ def test_budget_of_a_key_is_402(house: House) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "name, value",
     [
-        ("api_key", "sk-mine"), ("api_base", "http://127.0.0.1:1"), ("base_url", "http://x"),
-        ("custom_llm_provider", "anthropic"), ("fallbacks", ["dear"]), ("num_retries", 50),
-        ("timeout", 0.001), ("cache", {"no-cache": True}), ("extra_headers", {"a": "b"}),
-        ("headers", {"Authorization": "x"}), ("mock_response", "free"), ("model_info", {}),
-        ("user_config", {}), ("organization", "x"), ("api_version", "x"),
-        ("input_cost_per_token", 0), ("output_cost_per_second", 0), ("litellm_params", {}),
-        ("extra_body", {"api_base": "http://x"}), ("guardrails", []), ("langfuse_host", "http://x"),
-        ("aws_role_name", "x"), ("vertex_credentials", "x"), ("specific_deployment", True),
-        ("API_BASE", "http://x"), ("Model", "dear"),
+        ("api_key", "sk-mine"),
+        ("api_base", "http://127.0.0.1:1"),
+        ("base_url", "http://x"),
+        ("custom_llm_provider", "anthropic"),
+        ("fallbacks", ["dear"]),
+        ("num_retries", 50),
+        ("timeout", 0.001),
+        ("cache", {"no-cache": True}),
+        ("extra_headers", {"a": "b"}),
+        ("headers", {"Authorization": "x"}),
+        ("mock_response", "free"),
+        ("model_info", {}),
+        ("user_config", {}),
+        ("organization", "x"),
+        ("api_version", "x"),
+        ("input_cost_per_token", 0),
+        ("output_cost_per_second", 0),
+        ("litellm_params", {}),
+        ("extra_body", {"api_base": "http://x"}),
+        ("guardrails", []),
+        ("langfuse_host", "http://x"),
+        ("aws_role_name", "x"),
+        ("vertex_credentials", "x"),
+        ("specific_deployment", True),
+        ("API_BASE", "http://x"),
+        ("Model", "dear"),
     ],
 )
 def test_hostile_parameters_are_refused(
-    guest: Guest, provider: FakeProvider, name: str, value: object
+    guest: Guest, provider: FakeProvider, name: str, value: Any
 ) -> None:
     answer = guest.chat(**{name: value})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
@@ -226,13 +273,14 @@ def test_harmless_strangers_are_dropped(guest: Guest, provider: FakeProvider, na
         assert name not in provider.last().json()
 
 
-def test_customers_litellm_headers_do_not_get_through(
-    guest: Guest, provider: FakeProvider
-) -> None:
+def test_customers_litellm_headers_do_not_get_through(guest: Guest, provider: FakeProvider) -> None:
     answer = guest.chat(
         headers={
-            "x-litellm-call-id": "mine", "x-litellm-timeout": "0.001", "x-litellm-tags": "a",
-            "cookie": "a=b", "openai-organization": "org-1",
+            "x-litellm-call-id": "mine",
+            "x-litellm-timeout": "0.001",
+            "x-litellm-tags": "a",
+            "cookie": "a=b",
+            "openai-organization": "org-1",
         }
     )
     assert answer.status_code == 200

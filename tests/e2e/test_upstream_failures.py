@@ -45,13 +45,17 @@ def assert_void(guest: Guest, code: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("reply", "status", "code"),
+    "reply, status, code",
     [
         (Reply(status=401), 502, "upstream_error"),
         (Reply(status=403), 502, "upstream_error"),
         (Reply(status=404), 502, "upstream_error"),
         (Reply(status=400), 400, "provider_refused"),
-        (Reply(status=429, headers={"llm_provider-retry-after": "7"}), 429, "upstream_rate_limited"),
+        (
+            Reply(status=429, headers={"llm_provider-retry-after": "7"}),
+            429,
+            "upstream_rate_limited",
+        ),
         (Reply(status=500), 502, "upstream_error"),
         (Reply(status=503), 503, "upstream_unavailable"),
         (Reply(status=504), 504, "upstream_timeout"),
@@ -59,8 +63,13 @@ def assert_void(guest: Guest, code: str) -> None:
         (Reply(first_byte_delay_s=3), 504, "upstream_timeout"),
     ],
 )
-def test_failure_of_litellm_is_void(  # noqa: PLR0913
-    patron: Guest, provider: FakeProvider, reply: Reply, status: int, code: str, stream: bool  # noqa: FBT001
+def test_failure_of_litellm_is_void(
+    patron: Guest,
+    provider: FakeProvider,
+    reply: Reply,
+    status: int,
+    code: str,
+    stream: bool,  # noqa: FBT001
 ) -> None:
     provider.reply("priced", reply)
     answer = patron.chat(stream=stream)
@@ -77,7 +86,10 @@ def test_garbage_with_status_200_is_not_delivered_and_not_charged(
 ) -> None:
     provider.reply("priced", Reply(raw_body=raw, headers=COST))
     answer = patron.chat()
-    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_invalid_response")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (
+        502,
+        "upstream_invalid_response",
+    )
     assert_void(patron, "upstream_invalid_response")
 
 
@@ -100,12 +112,12 @@ def test_stream_that_is_cut_ends_with_an_error_event_and_waits_for_review(
 ) -> None:
     provider.reply("priced", Reply(cut_after=2, reset=True))
     with pytest.raises(openai.APIError):
-        list(
-            patron.sdk().chat.completions.create(model="priced", messages=MESSAGES, stream=True)
-        )
+        list(patron.sdk().chat.completions.create(model="priced", messages=MESSAGES, stream=True))
     row = patron.usage()
     assert (row["status"], row["review_reason"], row["price"]) == (
-        "needs_review", "stream_cut", None,
+        "needs_review",
+        "stream_cut",
+        None,
     )
     assert patron.uncharged()
 
@@ -122,9 +134,7 @@ def test_stream_that_ends_early_without_a_word_is_treated_as_cut(
 def test_error_event_in_a_stream_raises_in_the_sdk(patron: Guest, provider: FakeProvider) -> None:
     provider.reply("priced", Reply(error_after=2))
     with pytest.raises(openai.APIError):
-        list(
-            patron.sdk().chat.completions.create(model="priced", messages=MESSAGES, stream=True)
-        )
+        list(patron.sdk().chat.completions.create(model="priced", messages=MESSAGES, stream=True))
     assert patron.usage()["status"] == "needs_review"
     assert patron.uncharged()
 
@@ -177,14 +187,16 @@ def test_client_that_hangs_up_is_charged_for_what_was_generated(
 ) -> None:
     gate = Gate(after_chunks=2)
     provider.reply("priced", Reply(chunks=50, gate=gate, completion_tokens=200))
-    with guest.house.service.client(guest.customer.key) as client:
-        with client.stream(
+    with (
+        guest.house.service.client(guest.customer.key) as client,
+        client.stream(
             "POST",
             "/v1/chat/completions",
             json={"model": "priced", "messages": MESSAGES, "stream": True, "max_tokens": 500},
-        ) as answer:
-            next(answer.iter_bytes())
-            gate.wait_reached()
+        ) as answer,
+    ):
+        next(answer.iter_bytes())
+        gate.wait_reached()
     gate.open()
     assert provider.last().wait_ended().finished
     guest.wait_settled()

@@ -56,13 +56,14 @@ def test_hold_of_nothing_passes_on_an_empty_account(account: NewAccount) -> None
 
 def test_credit_limit_can_be_used(account: NewAccount) -> None:
     money = account(funds=10)
-    money.all("UPDATE balances SET credit_limit = 50 WHERE account_id = %s RETURNING 1",
-              money.account_id)
+    money.all(
+        "UPDATE balances SET credit_limit = 50 WHERE account_id = %s RETURNING 1", money.account_id
+    )
     assert money.authorize(money.request(60), money.request(1)) == ["held", "insufficient_credits"]
 
 
 @pytest.mark.parametrize(
-    ("change", "outcome"),
+    "change, outcome",
     [
         ("UPDATE virtual_keys SET status = 'revoked'", "key_revoked"),
         ("UPDATE virtual_keys SET expires_at = now()", "key_expired"),
@@ -85,9 +86,7 @@ def test_key_and_account_are_judged_in_the_same_call(
 def test_revoked_key_is_refused_on_the_next_request(account: NewAccount) -> None:
     money = account(funds=1000)
     money.hold(1)
-    money.one(
-        "SELECT revoke_key(%s, %s, %s, 'tester')", money.account_id, money.key_id, uuid7()
-    )
+    money.one("SELECT revoke_key(%s, %s, %s, 'tester')", money.account_id, money.key_id, uuid7())
     assert money.authorize(money.request(1)) == ["key_revoked"]
 
 

@@ -1,7 +1,8 @@
 """Authorization from Python: batches, lost answers, outages."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import LiteralString
 from uuid import UUID
 
 import psycopg
@@ -53,12 +54,10 @@ async def test_fifty_at_once_on_an_account_that_affords_five(
     account: NewAccount, ledger: Ledger
 ) -> None:
     money: Money = account(funds=500)
-    answers = await asyncio.gather(
-        *[ledger.authorize(hold_request(money, 100)) for _ in range(50)]
+    answers = await asyncio.gather(*[ledger.authorize(hold_request(money, 100)) for _ in range(50)])
+    assert (
+        sorted(answer.outcome for answer in answers) == ["held"] * 5 + ["insufficient_credits"] * 45
     )
-    assert sorted(answer.outcome for answer in answers) == ["held"] * 5 + [
-        "insufficient_credits"
-    ] * 45
     assert money.balance() == (500, 500, 0)
 
 
@@ -74,9 +73,7 @@ async def test_request_that_the_database_can_not_take_does_not_refuse_its_neighb
     assert isinstance(answers[1], psycopg.Error)
 
 
-async def test_authorization_survives_a_cut_connection(
-    account: NewAccount, ledger: Ledger
-) -> None:
+async def test_authorization_survives_a_cut_connection(account: NewAccount, ledger: Ledger) -> None:
     money: Money = account(funds=500)
     assert (await ledger.authorize(hold_request(money, 1))).is_held
     money.all(
@@ -92,8 +89,10 @@ async def test_lost_answer_is_asked_again_and_holds_once(
     real = Session.fetch
     lost: list[bool] = []
 
-    async def fetch(self: Session, query: str, parameters: object) -> object:
-        rows = await real(self, query, parameters)  # pyright: ignore
+    async def fetch(
+        self: Session, query: LiteralString, parameters: Sequence[str]
+    ) -> list[tuple[str | None, ...]]:
+        rows = await real(self, query, parameters)
         if not lost:
             lost.append(True)
             raise psycopg.OperationalError("the connection was cut after COMMIT")

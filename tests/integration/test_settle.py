@@ -14,7 +14,10 @@ def test_capture_takes_the_price_and_frees_the_hold(account: NewAccount) -> None
     assert money.balance() == (850, 0, 0)
     row = money.usage(request)
     assert (row["status"], row["price"], row["cost_picos"], row["hold"]) == (
-        "billed", 150, 75_000, 400,
+        "billed",
+        150,
+        75_000,
+        400,
     )
 
 
@@ -94,9 +97,7 @@ def test_live_hold_is_not_expired_and_neither_is_one_within_its_grace(account: N
 def test_heartbeat_saves_a_hold_that_the_sweeper_has_chosen(account: NewAccount) -> None:
     money = account(funds=1000)
     request = money.hold(400, ttl_s=0)
-    money.one(
-        "SELECT extend_holds(%s, %s, 900)", [money.account_id], [str(request["request_id"])]
-    )
+    money.one("SELECT extend_holds(%s, %s, 900)", [money.account_id], [str(request["request_id"])])
     expiry = {
         "account_id": request["account_id"],
         "request_id": request["request_id"],
@@ -234,4 +235,7 @@ def test_entries_land_in_the_partition_of_their_month(account: NewAccount) -> No
     money.hold(1)
     assert money.one("SELECT count(*) FROM entries_default") == (0,)
     (partition,) = {row[0] for row in money.all("SELECT tableoid::regclass::text FROM entries")}
-    assert partition == money.one("SELECT 'entries_' || to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')")[0]
+    assert (
+        partition
+        == money.one("SELECT 'entries_' || to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')")[0]
+    )

@@ -2,8 +2,9 @@
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import LiteralString
 from uuid import UUID
 
 import psycopg
@@ -158,6 +159,7 @@ async def test_settlement_that_nothing_takes_is_refused_and_not_called_done(
 ) -> None:
     class FullDisk(Spool):
         def append(self, payloads: object) -> None:
+            del payloads
             raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(settlement_module, "_LAST_RESORT_S", 0.0)
@@ -190,7 +192,9 @@ async def test_commit_whose_answer_was_lost_is_not_charged_again(
     class LosesTheAnswer(Session):
         lost = False
 
-        async def fetch(self, query, parameters):  # pyright: ignore  # noqa: ANN001, ANN202
+        async def fetch(
+            self, query: LiteralString, parameters: Sequence[str]
+        ) -> list[tuple[str | None, ...]]:
             rows = await super().fetch(query, parameters)
             if not self.lost:
                 self.lost = True

@@ -14,10 +14,10 @@ _HEAD = b'data: {"id":"chatcmpl-4646","object":"chat.completion.chunk","created"
 
 # As LiteLLM 1.106.2 sent it, with some of its words left out.
 RECORDED = (
-    _HEAD + b'"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":"Hel"}}]}'
+    _HEAD + b'"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":"Good"}}]}'
     b"\n\n"
     + _HEAD
-    + b'"model":"demo","choices":[{"index":0,"delta":{"content":"lo! \xc3\xa9"}}]}\n\n'
+    + b'"model":"demo","choices":[{"index":0,"delta":{"content":"bye! \xc3\xa9"}}]}\n\n'
     + _HEAD
     + b'"model":"demo","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
     b'data: {"id":"chatcmpl-4646","created":1795208696,"model":"demo",'
@@ -59,7 +59,7 @@ def test_recorded_stream_is_the_same_for_any_split(*, cuts: list[int], wants_usa
     got = _relay(_chunks(RECORDED, cuts), wants_usage=wants_usage)
     assert got == _relay([RECORDED], wants_usage=wants_usage)
     usage = Usage(input_tokens=8, output_tokens=24)
-    assert got[1:] == (usage, "0.00026000000000000003", "demo", None, True, False, 9)
+    assert got[1:] == (usage, "0.00026000000000000003", "demo", None, True, False, 11)
     assert isinstance(got[0], bytes)
     assert got[0].startswith(WORDS)
     assert (b'"cost":0.00052' in got[0]) == wants_usage

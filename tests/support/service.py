@@ -53,7 +53,7 @@ class Service:
             timeout=60,
         )
 
-    def admin(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+    def admin(self, method: str, path: str, body: object = None) -> Any:
         """Do what must succeed with the admin key; returns the parsed answer, None for 204."""
         with self.client(ADMIN_KEY) as client:
             answer = client.request(method, path, json=body)

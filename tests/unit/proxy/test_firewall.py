@@ -87,7 +87,7 @@ PROVIDERS: dict[str, Any] = {
 
 def test_openais_parameters_pass_unchanged() -> None:
     assert check(**OPENAI) == OPENAI
-    assert ALLOWED == {*OPENAI, "thinking"}
+    assert {*OPENAI, "thinking"} == ALLOWED
 
 
 def test_parameters_of_other_providers_pass_unchanged() -> None:

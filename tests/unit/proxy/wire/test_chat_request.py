@@ -5,7 +5,7 @@ import pytest
 
 from pricing.usage import MAX_TOKENS
 from proxy.errors import InvalidRequestError
-from proxy.wire.chat_request import MAX_DEPTH, parse_chat_request, upstream_body
+from proxy.wire.chat_request import MAX_DEPTH, MAX_NODES, parse_chat_request, upstream_body
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -168,6 +168,13 @@ def test_depth_counts_levels_and_not_brackets() -> None:
     wide: list[object] = [["x"]] * 300
     request = parse_chat_request(body(x=[*wide, "[{" * 300, '\\"[', "\\", "]}" * 9, "\n"]))
     assert request.model == "demo"
+
+
+def test_body_of_very_many_objects_is_refused() -> None:
+    many: list[list[str]] = [[]] * (MAX_NODES + 1)
+    with pytest.raises(InvalidRequestError, match="too many objects"):
+        parse_chat_request(body(x=many))
+    assert parse_chat_request(body(x="[{" * MAX_NODES)).model == "demo"
 
 
 def test_last_of_several_members_of_one_name_counts_and_is_sent_alone() -> None:

@@ -49,11 +49,11 @@ def metered(*chunks: bytes, wants_usage: bool = True) -> tuple[ChatStreamMeter, 
 
 def test_words_leave_at_once_and_unchanged() -> None:
     meter = ChatStreamMeter(client_wants_usage=True, max_event_bytes=10_000)
-    first = event(choices=delta(role="assistant", content="Hel"))
-    for chunk in (first, words("lo!"), b": ping\n\n", words("a") + words("b")):
+    first = event(choices=delta(role="assistant", content="Good"))
+    for chunk in (first, words("bye!"), b": ping\n\n", words("a") + words("b")):
         assert meter.feed(chunk) == chunk
     assert meter.model == "demo"
-    assert meter.output_bytes == len("Hello!ab")
+    assert meter.output_bytes == len("Goodbye!ab")
     assert meter.usage is None
     assert not meter.saw_done
 

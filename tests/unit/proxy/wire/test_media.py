@@ -120,7 +120,9 @@ def test_what_the_operators_credentials_would_read_is_refused(part: dict[str, An
     assert refused.value.param == "messages"
 
 
-@pytest.mark.parametrize("part", [{"type": ["image_url"]}, {"type": None}, 5, None, [["x"], {"y": 1}]])
+@pytest.mark.parametrize(
+    "part", [{"type": ["image_url"]}, {"type": None}, 5, None, [["x"], {"y": 1}]]
+)
 def test_parts_of_a_wrong_kind_are_no_media(part: object) -> None:
     assert count(part) == Media()
 
