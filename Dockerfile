@@ -27,7 +27,8 @@ RUN /builder/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . 
     && /venv/bin/pip uninstall --yes pip setuptools
 
 FROM ${BASE}
-RUN useradd --system --uid 10001 --home-dir /var/lib/tallygate --create-home tallygate
+RUN useradd --uid 10001 --shell /usr/sbin/nologin --home-dir /var/lib/tallygate tallygate \
+    && install --directory --owner tallygate --group tallygate --mode 0700 /var/lib/tallygate
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -48,13 +48,8 @@ class Exchange:
 
     @property
     def virtual_key(self) -> str | None:
-        """The key of `Authorization: Bearer` or `x-api-key`; None if neither holds one."""
-        authorization = self.header(b"authorization")
-        if authorization is not None:
-            scheme, _, key = authorization.partition(" ")
-            if scheme.lower() == "bearer" and key.strip():
-                return key.strip()
-        return (self.header(b"x-api-key") or "").strip() or None
+        """The key that the client sent."""
+        return virtual_key(lambda name: self.header(name.encode()))
 
     async def read_body(self, limit: int) -> bytes:
         """Read the whole body; RequestTooLargeError above `limit` bytes."""
@@ -156,6 +151,14 @@ class Exchange:
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
+
+
+def virtual_key(header: Callable[[str], str | None]) -> str | None:
+    """Return the key of `Authorization: Bearer` or `x-api-key`; None if neither holds one."""
+    scheme, _, key = (header("authorization") or "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return (header("x-api-key") or "").strip() or None
 
 
 def _too_large(limit: int) -> RequestTooLargeError:

@@ -31,6 +31,11 @@ class PriceBooks:
         self._current: PublishedBook | None = None
 
     @property
+    def is_known(self) -> bool:
+        """Whether any version was read yet."""
+        return self._current is not None
+
+    @property
     def current(self) -> PublishedBook:
         """The newest version that this process knows.
 

@@ -1,0 +1,1 @@
+"""`make bench`: what metering costs, side by side in one run."""
