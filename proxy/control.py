@@ -11,6 +11,13 @@ import httpx
 CONTROL_ERRORS = (httpx.HTTPError, ValueError, KeyError, TypeError)
 
 
+def describe(error: Exception) -> str:
+    """Say in a few words what one of CONTROL_ERRORS means."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"answers {error.response.status_code} to GET {error.request.url.path}"
+    return f"gives no list of models ({type(error).__name__})"
+
+
 class LiteLLMControl:
     """A client of one LiteLLM with its master key. Methods raise one of CONTROL_ERRORS."""
 
@@ -36,6 +43,12 @@ class LiteLLMControl:
         )
         response.raise_for_status()
         return int(response.json()["total_tokens"])
+
+    async def details(self) -> dict[str, Any]:
+        """What LiteLLM tells of itself (`GET /health/readiness/details`): version, cache, callbacks."""
+        response = await self._client.get("/health/readiness/details")
+        response.raise_for_status()
+        return dict(response.json())
 
     async def is_alive(self) -> bool:
         """Whether LiteLLM answers its liveness check, within two seconds."""

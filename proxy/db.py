@@ -230,9 +230,20 @@ def migrate(url: str, *, migrations: Path | None = None) -> tuple[int | None, in
 
     Loads `schema.sql` into an empty database, applies the migrations above its version to any
     other. Safe to run from several places at once. Raises ConfigurationError where the database is
-    newer than this program.
+    newer than this program, or the login lacks the rights.
     """
     directory = migrations or Path(__file__).parent / "migrations"
+    try:
+        return _migrate(url, directory, must_be_current=migrations is None)
+    except psycopg.errors.InsufficientPrivilege as error:
+        msg = (
+            f"this login may not migrate: {error.diag.message_primary}. Use one that may create "
+            "roles and a schema, and give the service another that is a member of tallygate_app"
+        )
+        raise ConfigurationError(msg) from None
+
+
+def _migrate(url: str, directory: Path, *, must_be_current: bool) -> tuple[int | None, int]:
     with psycopg.connect(url, connect_timeout=10) as connection:
         # An application-wide number: two migrations of one database must not interleave.
         connection.execute("SELECT pg_advisory_xact_lock(7411209)")
@@ -248,7 +259,7 @@ def migrate(url: str, *, migrations: Path | None = None) -> tuple[int | None, in
                 (str(version),),
             )
         after = steps[-1][0] if steps else before
-        if migrations is None and after != SCHEMA_VERSION:
+        if must_be_current and after != SCHEMA_VERSION:
             msg = (
                 f"the database has schema version {after}, this program needs {SCHEMA_VERSION}: "
                 "install the newer release"

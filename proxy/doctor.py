@@ -4,6 +4,7 @@ Each check looks at one thing from outside, as the service would, and changes no
 worth a look, a `fail` costs money or keeps the service from working.
 """
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -12,13 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, LiteralString
 
-import httpx
 import psycopg
 
 from pricing.errors import PricingError
 from pricing.price_book import parse_price_book
 from proxy.catalog import read_models
-from proxy.control import CONTROL_ERRORS, LiteLLMControl
+from proxy.control import CONTROL_ERRORS, LiteLLMControl, describe
 from proxy.db import SCHEMA_VERSION, schema_version
 from proxy.spool import Spool
 
@@ -263,10 +263,12 @@ async def check_litellm(url: str, key: str) -> list[Check]:
             models = read_models(await control.models())
         except CONTROL_ERRORS as error:
             remedy = "put LiteLLM's master key into TALLYGATE_LITELLM_KEY"
-            return [_check("litellm", _reason(error), remedy=remedy, bad="fail")]
+            return [_check("litellm", describe(error), remedy=remedy, bad="fail")]
+        details: Mapping[str, Any] = {}
+        with contextlib.suppress(*CONTROL_ERRORS):  # where it does not tell, we say so below
+            details = await control.details()
     finally:
         await control.close()
-    details = await _details(url, key)
     unpriced = sorted(name for name, model in models.items() if model.prices is None)
     priced = len(models) - len(unpriced)
     return [
@@ -290,20 +292,6 @@ async def check_litellm(url: str, key: str) -> list[Check]:
     ]
 
 
-async def _details(url: str, key: str) -> Mapping[str, Any]:
-    """Read what LiteLLM tells of itself; nothing where it does not."""
-    async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
-        try:
-            response = await client.get(
-                f"{url.rstrip('/')}/health/readiness/details",
-                headers={"authorization": f"Bearer {key}"},
-            )
-            response.raise_for_status()
-            return dict(response.json())
-        except CONTROL_ERRORS:
-            return {}
-
-
 def _litellm_version(version: str | None) -> Check:
     tested = " or ".join(LITELLM_TESTED)
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
@@ -325,12 +313,6 @@ def _litellm_version(version: str | None) -> Check:
         remedy=f"costs were verified with {tested}: run the test-suite before relying on another",
         bad=None if version in LITELLM_TESTED else "warn",
     )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, httpx.HTTPStatusError):
-        return f"answers {error.response.status_code} to GET {error.request.url.path}"
-    return f"gives no list of models ({type(error).__name__})"
 
 
 def _shown(names: list[str]) -> str:

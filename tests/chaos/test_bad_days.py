@@ -181,7 +181,7 @@ def test_postgresql_away_at_admission_is_503_and_comes_back_by_itself(world: Wor
     body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
     with world.service.client(customer.key) as client:
         assert client.post(CHAT, json=body).status_code == 200
-        world.cluster.kill()
+        world.cluster.crash()
         refused = client.post(CHAT, json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (
             503,
@@ -220,7 +220,7 @@ def test_postgresql_away_at_settlement_spools_the_charge_and_posts_it_later(
     thread = threading.Thread(target=call)
     thread.start()
     gate.wait_reached()
-    world.cluster.kill()
+    world.cluster.crash()
     gate.open()
     thread.join()
     assert answers[0].status_code == 200, answers[0].text
@@ -232,7 +232,7 @@ def test_postgresql_away_at_settlement_spools_the_charge_and_posts_it_later(
         lambda: bool(world.rows("SELECT 1 FROM usage WHERE status = 'billed'")), "the replay"
     )
     (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
-    assert (row["price"], str(row["request_id"])) == (150_000, answers[0].headers["x-request-id"])
+    assert (row["price"], str(row["request_id"])) == (120_000, answers[0].headers["x-request-id"])
     world.audit()
 
 
@@ -242,7 +242,6 @@ def test_postgresql_restarts_under_load(world: World) -> None:
     load.wait_answered(20)
     world.cluster.kill()
     world.wait(lambda: 503 in load.refused, "refusals")
-    world.cluster.start()
     load.wait_answered(20)
     load.stop()
     world.wait(lambda: not world.rows("SELECT 1 FROM open_holds"), "holds to end")
@@ -268,4 +267,4 @@ def test_sigterm_lets_a_stream_finish_and_settle(world: World, provider: FakePro
     assert text.endswith("data: [DONE]\n\n")
     assert world.service.process.wait(30) == 0
     (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
-    assert (row["status"], row["price"]) == ("billed", 150_000)
+    assert (row["status"], row["price"]) == ("billed", 120_000)

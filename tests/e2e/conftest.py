@@ -46,7 +46,7 @@ class Guest:
     house: House
     customer: Customer
 
-    def chat(self, *, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    def chat(self, *, http_headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         """Send a chat completion; `model` is priced and the message short unless told otherwise."""
         document = {
             "model": "priced",
@@ -54,7 +54,7 @@ class Guest:
             "max_tokens": 50,
         } | body
         with self.house.service.client(self.customer.key) as client:
-            return client.post(CHAT, json=document, headers=headers)
+            return client.post(CHAT, json=document, headers=http_headers)
 
     def get(self, path: str) -> Any:
         """Read from the account API."""

@@ -10,9 +10,9 @@ from tests.e2e.conftest import CHAT, Guest, House
 from tests.support.provider import FakeProvider, Reply
 from tests.support.service import ADMIN_KEY
 
-# 10 prompt and 5 completion tokens at 2.5 and 10 dollars a million: 75 micro-dollars, sold double.
-COST_PICOS = 75_000_000
-PRICE_NANOS = 150_000
+# 10 prompt and 5 completion tokens at 1 and 10 dollars a million: 60 micro-dollars, sold double.
+COST_PICOS = 60_000_000
+PRICE_NANOS = 120_000
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
 
@@ -26,7 +26,7 @@ def test_answer_is_the_providers_and_the_charge_is_its_cost_doubled(
     assert completion.choices[0].message.content == "Hello from the provider."
     assert completion.usage is not None
     assert completion.usage.total_tokens == 15
-    assert answer.headers["x-tallygate-charge-credits"] == "0.15"
+    assert answer.headers["x-tallygate-charge-credits"] == "0.12"
     row = guest.usage()
     assert answer.headers["x-request-id"] == str(row["request_id"])
     assert (row["status"], row["cost_picos"], row["cost_source"], row["price"]) == (
@@ -46,14 +46,14 @@ def test_customer_and_admin_see_the_same_request_and_only_the_admin_its_cost(
     (own,) = guest.get("/api/v1/usage")["data"]
     path = f"/admin/v1/accounts/{guest.customer.account_id}/usage"
     (admins,) = house.service.admin("GET", path)["data"]
-    assert own["price"] == {"credits": "0.15", "usd": "0.00015"}
+    assert own["price"] == {"credits": "0.12", "usd": "0.00012"}
     assert own["usage"]["input_tokens"] == 10
     assert (own["model"], own["status"]) == ("priced", "billed")
     assert not {"cost", "cost_source", "markup"} & set(own)
     assert admins["request_id"] == own["request_id"]
     assert admins["price"] == own["price"]
-    assert Decimal(admins["cost"]["usd"]) * Decimal(admins["markup"]) == Decimal("0.00015")
-    assert guest.get("/api/v1/balance")["available"] == {"credits": "999.85", "usd": "0.99985"}
+    assert Decimal(admins["cost"]["usd"]) * Decimal(admins["markup"]) == Decimal("0.00012")
+    assert guest.get("/api/v1/balance")["available"] == {"credits": "999.88", "usd": "0.99988"}
 
 
 def test_stream_brings_every_piece_and_the_price_where_it_was_asked_for(guest: Guest) -> None:
@@ -70,7 +70,7 @@ def test_stream_brings_every_piece_and_the_price_where_it_was_asked_for(guest: G
     usage = chunks[-1].usage
     assert usage is not None
     assert usage.total_tokens == 15
-    assert Decimal(str(usage.model_extra["cost"])) == Decimal("0.00015")  # type: ignore[index]
+    assert Decimal(str(usage.model_extra["cost"])) == Decimal("0.00012")  # type: ignore[index]
     row = guest.usage()
     assert (row["status"], row["cost_picos"], row["cost_source"], row["price"]) == (
         "billed",
@@ -94,7 +94,7 @@ def test_stream_hides_the_usage_from_a_client_that_did_not_ask(
 def test_providers_cost_reaches_no_customer(guest: Guest) -> None:
     plain = guest.chat()
     stream = guest.chat(stream=True, stream_options={"include_usage": True})
-    assert "7.5e-05" not in plain.text + stream.text
+    assert "6e-05" not in plain.text + stream.text
     for answer in (plain, stream):
         names = {name.lower() for name in answer.headers}
         assert not {name for name in names if name.startswith(("x-litellm", "llm_provider"))}
@@ -161,8 +161,8 @@ def test_cached_tokens_are_counted_apart(guest: Guest, provider: FakeProvider) -
     guest.chat(model="cached")
     row = guest.usage()
     assert (row["input_tokens"], row["cached_input_tokens"]) == (100, 60)
-    # 40 x 2.5 + 60 x 0.25 + 10 x 10 dollars a million
-    assert row["cost_picos"] == 215_000_000
+    # 40 x 1 + 60 x 0.1 + 10 x 10 dollars a million
+    assert row["cost_picos"] == 146_000_000
 
 
 def test_prices_below_a_nano_a_token_are_kept_exactly(guest: Guest) -> None:

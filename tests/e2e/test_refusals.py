@@ -110,12 +110,12 @@ def test_body_over_the_limit_is_refused_however_it_is_sent(
     [
         {},
         {"authorization": ""},
-        {"authorization": "Bearer "},
+        {"authorization": "Bearer"},
         {"authorization": "Basic abc"},
         {"authorization": "Bearer sk-" + "x" * 43},
-        {"x-api-key": " "},
+        {"x-api-key": ""},
         {"authorization": "Bearer \xff\xfe"},
-        {"x-api-key": "sk-\x7f' OR 1=1"},
+        {"x-api-key": "sk-' OR 1=1"},
     ],
 )
 def test_missing_and_unknown_keys_are_401(house: House, headers: dict[str, str]) -> None:
@@ -275,7 +275,7 @@ def test_harmless_strangers_are_dropped(guest: Guest, provider: FakeProvider, na
 
 def test_customers_litellm_headers_do_not_get_through(guest: Guest, provider: FakeProvider) -> None:
     answer = guest.chat(
-        headers={
+        http_headers={
             "x-litellm-call-id": "mine",
             "x-litellm-timeout": "0.001",
             "x-litellm-tags": "a",

@@ -18,7 +18,7 @@ PROVIDER_KEY = "provider-key-of-the-house"
 # Set in the operator's environment as well, and never to be used by LiteLLM on its own account.
 AMBIENT_KEY = "key-that-no-model-names"
 
-PRICES = {"input_cost_per_token": 2.5e-06, "output_cost_per_token": 1e-05}
+PRICES = {"input_cost_per_token": 1e-06, "output_cost_per_token": 1e-05}
 LIMITS = {"mode": "chat", "max_input_tokens": 8192, "max_output_tokens": 1024}
 
 # Name for customers -> LiteLLM's model_info. At the provider they have the same name, which is
@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "priced": {**LIMITS, **PRICES},
     "dear": {**LIMITS, "input_cost_per_token": 1e-3, "output_cost_per_token": 2e-3},
     "odd-cents": {**LIMITS, "input_cost_per_token": 1.875e-08, "output_cost_per_token": 7.5e-08},
-    "cached": {**LIMITS, **PRICES, "cache_read_input_token_cost": 2.5e-07},
+    "cached": {**LIMITS, **PRICES, "cache_read_input_token_cost": 1e-07},
     "free": {**LIMITS, "input_cost_per_token": 0, "output_cost_per_token": 0},
     "unpriced": LIMITS,
 }

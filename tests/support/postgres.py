@@ -60,6 +60,11 @@ class Cluster:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
 
+    def crash(self) -> None:
+        """Kill -9 the server and leave it dead until start()."""
+        self.kill()
+        self.server.stop()
+
     def _execute(self, statement: str) -> None:
         with psycopg.connect(self.server.url(), autocommit=True) as connection:
             connection.execute(cast("LiteralString", statement))
