@@ -7,6 +7,7 @@
       InsufficientCreditsError     402  insufficient_credits
       PermissionDeniedError        403  model_not_allowed, key_expired, account_suspended, …
       NotFoundError                404  model_not_found, unsupported_endpoint, not_found
+      MethodNotAllowedError        405  method_not_allowed
       ConflictError                409  conflict
       RequestTooLargeError         413  request_too_large
       RateLimitError               429  rate_limit_exceeded
@@ -129,6 +130,15 @@ class NotFoundError(TallygateError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+    retryable = False
+
+
+class MethodNotAllowedError(TallygateError):
+    """The path exists, and takes other methods."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
     retryable = False
 
 

@@ -75,3 +75,16 @@ def shared_registry() -> CollectorRegistry | None:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return registry
+
+
+# What a scrape reads from PostgreSQL and the spool, the same in every process: nobody counts it.
+SCRAPED_GAUGES = {
+    "tallygate_postgresql_up": "Whether PostgreSQL answered this scrape",
+    "tallygate_holds_open": "Holds that have not ended",
+    "tallygate_reserved_usd": "What they set aside, in US dollars",
+    "tallygate_review_queue": "Requests that wait for an operator's review",
+    "tallygate_review_oldest_seconds": "Age of the request that has waited longest",
+    "tallygate_misplaced_rows": "Rows that fit no month's partition, counted up to 10,000",
+    "tallygate_spool_bytes": "Settlements on this machine's disk that wait for PostgreSQL",
+    "tallygate_settlements_rejected_waiting": "Settlements that wait for a human",
+}

@@ -7,6 +7,7 @@ pytest_plugins = [
     "tests.support.provider",
     "tests.support.litellm",
     "tests.support.service",
+    "tests.support.api",
 ]
 
 

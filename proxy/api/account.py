@@ -1,78 +1,68 @@
-"""The account API, `/api/v1`: a customer's own balance, usage, ledger and keys, by virtual key."""
+"""The account API, `/api/v1`: what a customer sees of the own account, by any of its keys."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
-from proxy.accounts import Principal
+from proxy.api.pages import page_by_integer, page_by_uuid
 from proxy.api.services import Services
-from proxy.api.shapes import (
-    balance_document,
-    entry_document,
-    key_document,
-    not_found,
-    number_cursor,
-    page,
-    page_limit,
-    usage_document,
-    uuid_cursor,
-)
-from proxy.exchange import virtual_key
+from proxy.api.shapes import Shapes
+from proxy.api.web import answer, exchange_of, resource
+from proxy.errors import NotFoundError
+
+_Handler = Callable[[Request, UUID], Awaitable[dict[str, Any]]]
 
 
 class AccountApi:
-    """Reads on behalf of whoever the key belongs to."""
+    """Endpoints on the account whose key is sent."""
 
     def __init__(self, services: Services) -> None:
-        self._services = services
-        self._per_credit = services.nanos_per_credit
+        self._accounts = services.accounts
+        self._ledger = services.ledger
+        self._principals = services.principals
+        self._reports = services.reports
+        self._shapes = Shapes(services.nanos_per_credit)
 
     def routes(self) -> list[Route]:
-        """The paths."""
+        """Every path of the API, each behind the authentication."""
         return [
-            Route("/api/v1/balance", self.balance),
-            Route("/api/v1/usage", self.usage),
-            Route("/api/v1/ledger", self.ledger),
-            Route("/api/v1/keys", self.keys),
+            resource("/api/v1/balance", GET=self._as_customer(self._balance)),
+            resource("/api/v1/usage", GET=self._as_customer(self._usage)),
+            resource("/api/v1/ledger", GET=self._as_customer(self._entries)),
+            resource("/api/v1/keys", GET=self._as_customer(self._keys)),
         ]
 
-    async def _principal(self, request: Request) -> Principal:
-        key = virtual_key(request.headers.get)
-        return await self._services.principals.authenticate(key, fresh=True)
+    def _as_customer(self, handler: _Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            # No hold is asked for here, so nothing else would notice a key that was revoked.
+            principal = await self._principals.authenticate(
+                exchange_of(request).virtual_key, fresh=True
+            )
+            return answer(await handler(request, principal.account_id))
 
-    async def balance(self, request: Request) -> JSONResponse:
-        """What the account has."""
-        principal = await self._principal(request)
-        balance = await self._services.ledger.balance(principal.account_id)
-        if balance is None:
-            raise not_found("account")
-        return JSONResponse(balance_document(balance, self._per_credit))
+        return endpoint
 
-    async def usage(self, request: Request) -> JSONResponse:
-        """Its requests, newest first."""
-        limit, before = page_limit(request), uuid_cursor(request)
-        principal = await self._principal(request)
-        rows = await self._services.reports.usage(principal.account_id, before=before, limit=limit)
-        return JSONResponse(
-            page(rows, limit, "request_id", lambda row: usage_document(row, self._per_credit))
-        )
+    async def _balance(self, _request: Request, account_id: UUID) -> dict[str, Any]:
+        balance = await self._ledger.balance(account_id)
+        if balance is None:  # pragma: no cover - accounts are never deleted
+            raise NotFoundError("This account has no balance.")
+        return self._shapes.balance(balance)
 
-    async def ledger(self, request: Request) -> JSONResponse:
-        """Its ledger entries, newest first."""
-        limit, before = page_limit(request), number_cursor(request)
-        principal = await self._principal(request)
-        rows = await self._services.reports.entries(
-            principal.account_id, before=before, limit=limit
-        )
-        return JSONResponse(
-            page(rows, limit, "seq", lambda row: entry_document(row, self._per_credit))
-        )
+    async def _usage(self, request: Request, account_id: UUID) -> dict[str, Any]:
+        page = page_by_uuid(request)
+        rows = await self._reports.usage(account_id, before=page.before, limit=page.limit)
+        return page.show(rows, "request_id", self._shapes.usage)
 
-    async def keys(self, request: Request) -> JSONResponse:
-        """Its keys, newest first, without their secrets."""
-        limit, before = page_limit(request), uuid_cursor(request)
-        principal = await self._principal(request)
-        rows = await self._services.accounts.keys(principal.account_id, before=before, limit=limit)
-        return JSONResponse(
-            page(rows, limit, "key_id", lambda row: key_document(row, self._per_credit))
-        )
+    async def _entries(self, request: Request, account_id: UUID) -> dict[str, Any]:
+        page = page_by_integer(request)
+        rows = await self._reports.entries(account_id, before=page.before, limit=page.limit)
+        return page.show(rows, "seq", self._shapes.entry)
+
+    async def _keys(self, request: Request, account_id: UUID) -> dict[str, Any]:
+        page = page_by_uuid(request)
+        rows = await self._accounts.keys(account_id, before=page.before, limit=page.limit)
+        return page.show(rows, "key_id", self._shapes.key)

@@ -1,166 +1,162 @@
-"""The admin API, `/admin/v1`: accounts, grants and keys, and what an operator looks at.
+"""The admin API, `/admin/v1`: accounts, grants, keys, and the operator's view of everything.
 
-Every act writes its row of the audit trail in the transaction that does it.
+Each act is written to the audit trail by the function of `schema.sql` that carries it out.
 """
 
 import hmac
 from collections.abc import Awaitable, Callable
+from typing import Any
 from uuid import UUID
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from pricing.money import MAX_AMOUNT
 from proxy.accounts import KeyLimits
-from proxy.api.bodies import NewAccount, NewGrant, NewKeyBody, nanos_of, read_body
+from proxy.api.bodies import Grant, KeyBody, NewAccount, nanos_of, read_body
+from proxy.api.pages import page_by_integer, page_by_uuid
 from proxy.api.services import Services
-from proxy.api.shapes import (
-    account_document,
-    admin_usage_document,
-    balance_document,
-    entry_document,
-    key_document,
-    not_found,
-    number_cursor,
-    page,
-    page_limit,
-    path_id,
-    time_text,
-    uuid_cursor,
-)
+from proxy.api.shapes import Shapes, audit_event
+from proxy.api.web import Handler, answer, bearer, exchange_of, resource
 from proxy.errors import (
     AuthenticationError,
     ConflictError,
-    InsufficientCreditsError,
+    InvalidRequestError,
+    NotFoundError,
     PermissionDeniedError,
 )
-from proxy.exchange import virtual_key
 from proxy.ids import uuid7
 
-ACTOR = "admin"
-# Under this source a grant's reference counts once, whichever way the grant comes.
-GRANT_SOURCE = "admin"
-
-Handler = Callable[[Request], Awaitable[Response]]
+_ACTOR = "admin"
+# The same as the command line's, so that a reference counts once, whichever way it comes.
+_GRANT_SOURCE = "admin"
+_ROOT = "/admin/v1"
+_ACCOUNT = _ROOT + "/accounts/{account_id}"
 
 
 class AdminApi:
-    """Acts and reads with the admin key."""
+    """Endpoints for whoever holds the admin key."""
 
     def __init__(self, services: Services) -> None:
-        self._services = services
-        self._per_credit = services.nanos_per_credit
+        self._accounts = services.accounts
+        self._ledger = services.ledger
+        self._reports = services.reports
+        self._shapes = Shapes(services.nanos_per_credit)
+        self._nanos_per_credit = services.nanos_per_credit
+        self._default_tier = services.default_tier
+        self._key = services.admin_key.encode() if services.admin_key else None
 
     def routes(self) -> list[Route]:
-        """The paths, each behind the admin key."""
-        account = "/admin/v1/accounts/{account_id}"
-        table: list[tuple[str, str, Handler]] = [
-            ("POST", "/admin/v1/accounts", self.create_account),
-            ("GET", "/admin/v1/accounts", self.accounts),
-            ("GET", account, self.account),
-            ("GET", f"{account}/balance", self.balance),
-            ("POST", f"{account}/grants", self.grant),
-            ("POST", f"{account}/keys", self.create_key),
-            ("GET", f"{account}/keys", self.keys),
-            ("DELETE", f"{account}/keys/{{key_id}}", self.revoke_key),
-            ("GET", f"{account}/usage", self.usage),
-            ("GET", f"{account}/ledger", self.ledger),
-            ("GET", "/admin/v1/reviews", self.reviews),
-            ("GET", "/admin/v1/price-books", self.price_books),
-            ("GET", "/admin/v1/audit-trail", self.audit_trail),
-        ]
+        """Every path of the API, each behind the admin key."""
+        lists = {
+            "/accounts/{account_id}/usage": self._usage,
+            "/accounts/{account_id}/ledger": self._entries,
+            "/reviews": self._reviews,
+            "/price-books": self._price_books,
+            "/audit-trail": self._audit_trail,
+        }
         return [
-            Route(path, self._guarded(handler), methods=[method]) for method, path, handler in table
+            self._resource(_ROOT + "/accounts", GET=self._list_accounts, POST=self._new_account),
+            self._resource(_ACCOUNT, GET=self._one_account),
+            self._resource(_ACCOUNT + "/balance", GET=self._balance),
+            self._resource(_ACCOUNT + "/grants", POST=self._grant),
+            self._resource(_ACCOUNT + "/keys", GET=self._list_keys, POST=self._new_key),
+            self._resource(_ACCOUNT + "/keys/{key_id}", DELETE=self._revoke_key),
+            *[self._resource(_ROOT + path, GET=handler) for path, handler in lists.items()],
         ]
 
-    def _guarded(self, handler: Handler) -> Handler:
-        async def guarded(request: Request) -> Response:
-            self._check(virtual_key(request.headers.get))
+    def _resource(self, path: str, **handlers: Handler) -> Route:
+        return resource(path, **{name: self._guarded(each) for name, each in handlers.items()})
+
+    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            self._authenticate(request)
             return await handler(request)
 
-        return guarded
+        return endpoint
 
-    def _check(self, key: str | None) -> None:
-        if key is None:
-            msg = "Send the admin key as 'Authorization: Bearer …'."
-            raise AuthenticationError(msg)
-        admin_key = self._services.admin_key
-        if admin_key is None:
-            msg = "The admin API is closed: set TALLYGATE_ADMIN_KEY to open it."
-            raise PermissionDeniedError(msg, code="admin_only")
-        if not hmac.compare_digest(key.encode(), admin_key.encode()):
-            msg = "This needs the admin key."
-            raise PermissionDeniedError(msg, code="admin_only")
+    def _authenticate(self, request: Request) -> None:
+        if self._key is None:
+            message = "The admin API is closed: set TALLYGATE_ADMIN_KEY and restart the service."
+            raise PermissionDeniedError(message, code="admin_only")
+        sent = bearer(exchange_of(request))
+        if sent is None:
+            message = "Send the admin key as 'Authorization: Bearer …'."
+            raise AuthenticationError(message)
+        if not hmac.compare_digest(sent, self._key):
+            message = "This is not the admin key. Virtual keys are for /v1 and /api/v1."
+            raise PermissionDeniedError(message, code="admin_only")
 
-    async def create_account(self, request: Request) -> JSONResponse:
-        """Make an account."""
-        body = await read_body(request, NewAccount)
-        account_id = await self._services.accounts.create_account(
+    # --- accounts ---
+
+    async def _list_accounts(self, request: Request) -> Response:
+        page = page_by_uuid(request)
+        rows = await self._accounts.accounts(before=page.before, limit=page.limit)
+        return answer(page.show(rows, "account_id", self._shapes.account))
+
+    async def _new_account(self, request: Request) -> Response:
+        body = await read_body(exchange_of(request), NewAccount)
+        account_id = await self._accounts.create_account(
             name=body.name,
-            tier=body.tier or self._services.default_tier,
-            credit_limit_nanos=nanos_of(body.credit_limit, self._per_credit, param="credit_limit"),
-            actor=ACTOR,
+            tier=self._default_tier if body.tier is None else body.tier,
+            credit_limit_nanos=nanos_of(
+                body.credit_limit, self._nanos_per_credit, param="credit_limit", minimum=0
+            ),
+            actor=_ACTOR,
         )
-        return JSONResponse(await self._account(account_id), status_code=201)
+        return answer(self._shapes.account(await self._row(account_id)), 201)
 
-    async def accounts(self, request: Request) -> JSONResponse:
-        """List accounts, newest first."""
-        limit = page_limit(request)
-        rows = await self._services.accounts.accounts(before=uuid_cursor(request), limit=limit)
-        return JSONResponse(
-            page(rows, limit, "account_id", lambda row: account_document(row, self._per_credit))
-        )
+    async def _one_account(self, request: Request) -> Response:
+        return answer(self._shapes.account(await self._account(request)))
 
-    async def account(self, request: Request) -> JSONResponse:
-        """Show one account."""
-        return JSONResponse(await self._account(path_id(request, "account_id")))
+    async def _balance(self, request: Request) -> Response:
+        account = self._shapes.account(await self._account(request))
+        balance: Any = account["balance"]
+        return answer({**balance, "credit_limit": account["credit_limit"]})
 
-    async def _account(self, account_id: UUID) -> dict[str, object]:
-        row = await self._services.accounts.account(account_id)
-        if row is None:
-            raise not_found("account")
-        return account_document(row, self._per_credit)
-
-    async def balance(self, request: Request) -> JSONResponse:
-        """Show what an account has."""
-        balance = await self._services.ledger.balance(path_id(request, "account_id"))
-        if balance is None:
-            raise not_found("account")
-        return JSONResponse(balance_document(balance, self._per_credit))
-
-    async def grant(self, request: Request) -> JSONResponse:
-        """Give credits, once for each reference."""
-        account_id = path_id(request, "account_id")
-        body = await read_body(request, NewGrant)
-        funded = await self._services.ledger.fund(
-            account_id,
+    async def _grant(self, request: Request) -> Response:
+        account = await self._account(request)
+        body = await read_body(exchange_of(request), Grant)
+        amount = nanos_of(body.credits, self._nanos_per_credit, param="credits")
+        if account["posted"] + account["credit_limit"] + amount > MAX_AMOUNT:
+            message = "The account can't hold that much. Grant less."
+            raise InvalidRequestError(message, param="credits")
+        done = await self._ledger.fund(
+            account["account_id"],
             uuid7(),
             kind="grant",
-            amount_nanos=nanos_of(body.credits, self._per_credit, param="credits", least=1),
-            source=GRANT_SOURCE,
+            amount_nanos=amount,
+            source=_GRANT_SOURCE,
             external_id=body.reference,
             reason=body.reason,
-            actor=ACTOR,
+            actor=_ACTOR,
         )
-        if funded.balance is None:
-            raise not_found("account")
-        if funded.outcome == "conflict":
-            msg = f"The reference {body.reference!r} was used for another amount. Choose a new one."
-            raise ConflictError(msg, param="reference")
-        if funded.outcome == "insufficient_credits":
-            raise InsufficientCreditsError("That is more than the account has.")
-        return JSONResponse(
-            {
-                "entry_id": str(funded.entry_id),
-                "balance": balance_document(funded.balance, self._per_credit),
-            },
-            status_code=201,
+        if done.balance is None:  # pragma: no cover - accounts are never deleted
+            raise _no_account(str(account["account_id"]))
+        if done.outcome == "conflict":
+            message = (
+                f"The reference {body.reference!r} was used for another amount on this account. "
+                "Use a new reference for a new grant."
+            )
+            raise ConflictError(message, param="reference")
+        return answer(
+            {"entry_id": done.entry_id, "balance": self._shapes.balance(done.balance)}, 201
         )
 
-    async def create_key(self, request: Request) -> JSONResponse:
-        """Make a virtual key; its secret is shown here and never again."""
-        account_id = path_id(request, "account_id")
-        body = await read_body(request, NewKeyBody)
+    # --- keys ---
+
+    async def _list_keys(self, request: Request) -> Response:
+        page = page_by_uuid(request)
+        account = await self._account(request)
+        rows = await self._accounts.keys(
+            account["account_id"], before=page.before, limit=page.limit
+        )
+        return answer(page.show(rows, "key_id", self._shapes.key))
+
+    async def _new_key(self, request: Request) -> Response:
+        account_id: UUID = (await self._account(request))["account_id"]
+        body = await read_body(exchange_of(request), KeyBody)
         budget = body.budget
         limits = KeyLimits(
             expires_at=body.expires_at,
@@ -170,106 +166,84 @@ class AdminApi:
             max_concurrency=body.max_concurrency,
             budget=None
             if budget is None
-            else nanos_of(budget.credits, self._per_credit, param="budget.credits", least=1),
+            else nanos_of(budget.credits, self._nanos_per_credit, param="budget.credits"),
             budget_period="total" if budget is None else budget.period,
         )
-        made = await self._services.accounts.create_key(
-            account_id, name=body.name, limits=limits, actor=ACTOR
+        made = await self._accounts.create_key(
+            account_id, name=body.name, limits=limits, actor=_ACTOR
         )
         if made is None:
-            raise not_found("account")
-        return JSONResponse(
-            {
-                "id": str(made.key_id),
-                "name": body.name,
-                "prefix": made.prefix,
-                "key": made.secret,
-            },
-            status_code=201,
-        )
+            raise ConflictError("This account is closed, so it gets no more keys.")
+        # The page of one row that begins with the new key: it is shown as every list shows it.
+        after = UUID(int=made.key_id.int + 1)
+        (row,) = await self._accounts.keys(account_id, before=after, limit=1)
+        shape = self._shapes.key(row)
+        return answer({**shape, "account_id": account_id, "key": made.secret}, 201)
 
-    async def keys(self, request: Request) -> JSONResponse:
-        """List an account's keys, newest first, without their secrets."""
-        account_id, limit = path_id(request, "account_id"), page_limit(request)
-        await self._account(account_id)
-        rows = await self._services.accounts.keys(
-            account_id, before=uuid_cursor(request), limit=limit
-        )
-        return JSONResponse(
-            page(rows, limit, "key_id", lambda row: key_document(row, self._per_credit))
-        )
-
-    async def revoke_key(self, request: Request) -> Response:
-        """Revoke a key, at once and on every replica."""
-        account_id, key_id = path_id(request, "account_id"), path_id(request, "key_id")
-        if not await self._services.accounts.revoke_key(account_id, key_id, actor=ACTOR):
-            raise not_found("key")
+    async def _revoke_key(self, request: Request) -> Response:
+        account = await self._account(request)
+        text = request.path_params["key_id"]
+        key_id = _uuid(text)
+        if key_id is None or not await self._accounts.revoke_key(
+            account["account_id"], key_id, actor=_ACTOR
+        ):
+            raise NotFoundError(f"This account has no key {text[:64]!r}.")
         return Response(status_code=204)
 
-    async def usage(self, request: Request) -> JSONResponse:
-        """List an account's requests with cost and price, newest first."""
-        account_id, limit = path_id(request, "account_id"), page_limit(request)
-        await self._account(account_id)
-        rows = await self._services.reports.usage(
-            account_id, before=uuid_cursor(request), limit=limit
-        )
-        return JSONResponse(
-            page(rows, limit, "request_id", lambda row: admin_usage_document(row, self._per_credit))
-        )
+    # --- reports ---
 
-    async def ledger(self, request: Request) -> JSONResponse:
-        """List an account's ledger entries, newest first."""
-        account_id, limit = path_id(request, "account_id"), page_limit(request)
-        await self._account(account_id)
-        rows = await self._services.reports.entries(
-            account_id, before=number_cursor(request), limit=limit
+    async def _usage(self, request: Request) -> Response:
+        page = page_by_uuid(request)
+        account = await self._account(request)
+        rows = await self._reports.usage(
+            account["account_id"], before=page.before, limit=page.limit
         )
-        return JSONResponse(
-            page(rows, limit, "seq", lambda row: entry_document(row, self._per_credit))
-        )
+        return answer(page.show(rows, "request_id", self._shapes.admin_usage))
 
-    async def reviews(self, request: Request) -> JSONResponse:
-        """List the requests of all accounts that wait for a decision, newest first."""
-        limit = page_limit(request)
-        rows = await self._services.reports.reviews(before=uuid_cursor(request), limit=limit)
-        return JSONResponse(
-            page(rows, limit, "request_id", lambda row: admin_usage_document(row, self._per_credit))
+    async def _entries(self, request: Request) -> Response:
+        page = page_by_integer(request)
+        account = await self._account(request)
+        rows = await self._reports.entries(
+            account["account_id"], before=page.before, limit=page.limit
         )
+        return answer(page.show(rows, "seq", self._shapes.admin_entry))
 
-    async def price_books(self, request: Request) -> JSONResponse:
-        """List the versions of the price book, newest first."""
-        limit = page_limit(request)
-        rows = await self._services.reports.price_books(before=number_cursor(request), limit=limit)
-        return JSONResponse(
-            page(
-                rows,
-                limit,
-                "version",
-                lambda row: {
-                    "version": row["version"],
-                    "valid_from": time_text(row["valid_from"]),
-                    "published_by": row["published_by"],
-                    "document": row["document"],
-                },
-            )
-        )
+    async def _reviews(self, request: Request) -> Response:
+        page = page_by_uuid(request)
+        rows = await self._reports.reviews(before=page.before, limit=page.limit)
+        return answer(page.show(rows, "request_id", self._shapes.admin_usage))
 
-    async def audit_trail(self, request: Request) -> JSONResponse:
-        """List what operators did, newest first."""
-        limit = page_limit(request)
-        rows = await self._services.reports.audit_trail(before=uuid_cursor(request), limit=limit)
-        return JSONResponse(
-            page(
-                rows,
-                limit,
-                "event_id",
-                lambda row: {
-                    "id": str(row["event_id"]),
-                    "account_id": str(row["account_id"]) if row["account_id"].int else None,
-                    "at": time_text(row["at"]),
-                    "actor": row["actor"],
-                    "action": row["action"],
-                    "detail": row["detail"],
-                },
-            )
-        )
+    async def _price_books(self, request: Request) -> Response:
+        page = page_by_integer(request)
+        rows = await self._reports.price_books(before=page.before, limit=page.limit)
+        return answer(page.show(rows, "version", self._shapes.price_book))
+
+    async def _audit_trail(self, request: Request) -> Response:
+        page = page_by_uuid(request)
+        rows = await self._reports.audit_trail(before=page.before, limit=page.limit)
+        return answer(page.show(rows, "event_id", audit_event))
+
+    async def _account(self, request: Request) -> dict[str, Any]:
+        """Read the account of the path; NotFoundError, for malformed ids too."""
+        text = request.path_params["account_id"]
+        account_id = _uuid(text)
+        if account_id is None:
+            raise _no_account(text)
+        return await self._row(account_id)
+
+    async def _row(self, account_id: UUID) -> dict[str, Any]:
+        row = await self._accounts.account(account_id)
+        if row is None:
+            raise _no_account(str(account_id))
+        return row
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+def _no_account(text: str) -> NotFoundError:
+    return NotFoundError(f"There is no account {text[:64]!r}. GET {_ROOT}/accounts lists them.")

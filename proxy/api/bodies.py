@@ -1,9 +1,12 @@
-"""Bodies of the admin API: what they may hold, and how a wrong one is refused."""
+"""The bodies that the admin API takes, checked before anything is done.
 
-from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+Amounts are decimal text, because a JSON number with a fraction is a float on its way: integers are
+taken as well, which are exact.
+"""
 
-import msgspec
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal, TypeVar
+
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -13,119 +16,142 @@ from pydantic import (
     Field,
     ValidationError,
 )
-from starlette.requests import Request
+from pydantic_core import ErrorDetails
 
-from pricing.errors import PricingError
+from pricing.errors import InvalidAmountError
 from pricing.money import nanos_from_credits
-from proxy.errors import InvalidRequestError, RequestTooLargeError
+from proxy.errors import InvalidRequestError
+from proxy.exchange import Exchange
 
 MAX_BODY_BYTES = 64 * 1024
-_INT32 = 2**31 - 1
-_INT64 = 2**63 - 1
+# A billion dollars: far above any account, and far enough below what a balance can hold.
+_MAX_AMOUNT_NANOS = 10**18
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+_MAX_LIFETIME = timedelta(days=36500)
 
 
-def _no_nul(text: str) -> str:
+def _checked_text(text: str) -> str:
     if "\x00" in text:
-        msg = "must not contain NUL characters"
+        msg = "must not hold NUL characters"
+        raise ValueError(msg)
+    if not text.strip():
+        msg = "must not be blank"
         raise ValueError(msg)
     return text
 
 
 def _decimal_text(value: object) -> object:
-    """Credits come as a string, or as an integer; a float has lost digits already."""
+    # Before the check for text, so that an integer passes and True and 10.5 do not.
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if not isinstance(value, str):
+        msg = 'must be a decimal number as text, such as "12.5"'
+        raise ValueError(msg)  # noqa: TRY004 - pydantic passes a TypeError on
     return value
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+def _to_come(moment: datetime) -> datetime:
+    now = datetime.now(UTC)
+    if not now < moment < now + _MAX_LIFETIME:
+        msg = "must be a time to come, within a hundred years"
+        raise ValueError(msg)
+    return moment
+
+
+Text = Annotated[str, AfterValidator(_checked_text)]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
-Credits = Annotated[str, BeforeValidator(_decimal_text), Field(max_length=40)]
+Credits = Annotated[str, BeforeValidator(_decimal_text)]
+Count = Annotated[int, Field(ge=1, le=_MAX_INT32)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class NewAccount(_Body):
-    """`POST /admin/v1/accounts`."""
+    """POST /admin/v1/accounts. `credit_limit` is how far in credits it may go below zero."""
 
     name: Name
     tier: Annotated[Text, Field(min_length=1, max_length=64)] | None = None
     credit_limit: Credits = "0"
 
 
-class NewGrant(_Body):
-    """`POST /admin/v1/accounts/{id}/grants`."""
+class Grant(_Body):
+    """POST …/grants. The reference makes it safe to send again."""
 
     credits: Credits
-    reason: Annotated[Text, Field(min_length=1, max_length=500)]
-    reference: Annotated[Text, Field(min_length=1, max_length=200)]
+    reason: Annotated[Text, Field(min_length=1, max_length=1000)]
+    reference: Name
 
 
 class Budget(_Body):
-    """What a key may spend in a period."""
+    """What a key may spend in a period; days and months are those of UTC."""
 
     credits: Credits
     period: Literal["day", "month", "total"] = "total"
 
 
-class NewKeyBody(_Body):
-    """`POST /admin/v1/accounts/{id}/keys`."""
+class KeyBody(_Body):
+    """POST …/keys. What is left out is not limited."""
 
     name: Name
-    expires_at: Annotated[
-        AwareDatetime | None, BeforeValidator(lambda value: _time(value))  # noqa: PLW0108
-    ] = None
+    expires_at: Annotated[AwareDatetime, AfterValidator(_to_come)] | None = None
     allowed_models: (
-        Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=500)]
+        Annotated[
+            list[Annotated[Text, Field(min_length=1, max_length=256)]],
+            Field(min_length=1, max_length=200),
+        ]
         | None
     ) = None
-    requests_per_minute: Annotated[int, Field(ge=1, le=_INT32)] | None = None
-    tokens_per_minute: Annotated[int, Field(ge=1, le=_INT64)] | None = None
-    max_concurrency: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1, le=_MAX_INT64)] | None = None
+    max_concurrency: Count | None = None
     budget: Budget | None = None
 
 
-def _time(value: object) -> object:
-    """JSON has no times: RFC 3339 text is read here, because strict models take none."""
-    return datetime.fromisoformat(value) if isinstance(value, str) else value
+Model = TypeVar("Model", bound=_Body)
 
 
-Body = TypeVar("Body", bound=_Body)
+async def read_body(exchange: Exchange, model: type[Model]) -> Model:
+    """Read a body of this model.
 
-
-async def read_body(request: Request, model: type[Body]) -> Body:
-    """Read and check a JSON body; InvalidRequestError names the member that is wrong."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            msg = f"The request body is larger than {MAX_BODY_BYTES} bytes."
-            raise RequestTooLargeError(msg)
-        parts.append(part)
+    Raises RequestTooLargeError, or InvalidRequestError that names the field and what is wrong.
+    """
+    body = await exchange.read_body(MAX_BODY_BYTES)
     try:
-        content: Any = msgspec.json.decode(b"".join(parts))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"The request body is not JSON: {error}."
-        raise InvalidRequestError(msg, code="invalid_json") from None
-    try:
-        return model.model_validate(content)
+        return model.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        msg = f"{where}: {first['msg']}."
-        raise InvalidRequestError(msg, param=where, code="invalid_value") from None
+        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _explain(found, model) from None
 
 
-def nanos_of(credits_: str, nanos_per_credit: int, *, param: str, least: int = 0) -> int:
-    """Read an amount of credits as nano-USD, at least `least`; it must be exact."""
+def _explain(found: ErrorDetails, model: type[_Body]) -> InvalidRequestError:
+    param = ".".join(str(part) for part in found["loc"]) or None
+    message = found["msg"].removeprefix("Value error, ")
+    match found["type"]:
+        case "json_invalid":
+            return InvalidRequestError(f"The body is not valid JSON. {message}.")
+        case "model_type" if param is None:
+            names = ", ".join(model.model_fields)
+            return InvalidRequestError(f"The body must be a JSON object with {names}.")
+        case "extra_forbidden":
+            message = f"{param!r} is no field of this body. Leave it out or correct its name."
+            return InvalidRequestError(message, param=param)
+        case "missing":
+            return InvalidRequestError(f"{param} is missing: send it.", param=param)
+        case _:
+            return InvalidRequestError(f"{param}: {message}.", param=param)
+
+
+def nanos_of(credits_: str, nanos_per_credit: int, *, param: str, minimum: int = 1) -> int:
+    """Turn credits of a body into nano-USD; InvalidRequestError unless exact and in bounds."""
     try:
         nanos = nanos_from_credits(credits_, nanos_per_credit)
-    except PricingError as error:
-        raise InvalidRequestError(f"{param}: {error}.", param=param, code="invalid_value") from None
-    if nanos < least:
-        msg = f"{param}: must be more than 0."
-        raise InvalidRequestError(msg, param=param, code="invalid_value")
+    except InvalidAmountError as error:
+        raise InvalidRequestError(f"{param}: {error}.", param=param) from None
+    if not minimum <= nanos <= _MAX_AMOUNT_NANOS:
+        bound = "more than 0" if minimum else "at least 0"
+        message = f"{param} must be {bound} and worth at most a billion US dollars."
+        raise InvalidRequestError(message, param=param)
     return nanos

@@ -1,136 +1,166 @@
-"""For whoever runs the service: is it alive, is it ready, and its figures."""
+"""What operations look at: `/livez`, `/readyz` and `/metrics`.
 
+Open to clients on loopback, for everybody else behind a token. Each answers whatever is down.
+"""
+
+import asyncio
 import hmac
 import ipaddress
-import time
-from collections.abc import Iterator
+import os
+from collections.abc import Awaitable, Callable, Iterable
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import REGISTRY, Collector
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from pricing.money import NANOS_PER_USD
 from proxy.api.services import Services
-from proxy.db import CONNECTION_ERRORS
-from proxy.errors import AuthenticationError, MeteringUnavailableError, PermissionDeniedError
-from proxy.exchange import virtual_key
-from proxy.metrics import shared_registry
+from proxy.api.web import Handler, answer, bearer, exchange_of, resource
+from proxy.errors import MeteringUnavailableError, PermissionDeniedError
+from proxy.metrics import SCRAPED_GAUGES
 from proxy.reports import Operations
 
+# Whoever is asked by a proxy on the same machine is not asked by the machine.
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
-class OpsApi:
-    """Open to this machine; from elsewhere with the ops token."""
+_REMEDIES = {
+    "postgresql": "PostgreSQL does not answer: see TALLYGATE_DATABASE_URL and its server.",
+    "litellm": "LiteLLM does not answer: see TALLYGATE_LITELLM_URL and its log.",
+    "catalog": "LiteLLM has never told its models: see TALLYGATE_LITELLM_KEY and its log.",
+    "price_book": "No price book was read yet: it comes with PostgreSQL.",
+}
+
+
+class Ops:
+    """Endpoints for orchestrators and Prometheus."""
 
     def __init__(self, services: Services) -> None:
-        self._services = services
+        self._reports = services.reports
+        self._control = services.control
+        self._catalog = services.catalog
+        self._price_books = services.price_books
+        self._spool = services.spool
+        self._token = services.ops_token.encode() if services.ops_token else None
 
     def routes(self) -> list[Route]:
-        """The paths."""
+        """Every path, each behind the token where the client is not on loopback."""
         return [
-            Route("/livez", self.livez),
-            Route("/readyz", self.readyz),
-            Route("/metrics", self.metrics),
+            resource("/livez", GET=self._guarded(self._livez)),
+            resource("/readyz", GET=self._guarded(self._readyz)),
+            resource("/metrics", GET=self._guarded(self._metrics)),
         ]
 
-    def _check(self, request: Request) -> None:
-        if request.client is not None and _is_loopback(request.client.host):
-            return
-        token, sent = self._services.ops_token, virtual_key(request.headers.get)
-        if token is None:
-            msg = "From another machine this needs TALLYGATE_OPS_TOKEN to be set and sent."
-            raise PermissionDeniedError(msg)
-        if sent is None:
-            raise AuthenticationError("Send the ops token as 'Authorization: Bearer …'.")
-        if not hmac.compare_digest(sent.encode(), token.encode()):
-            raise PermissionDeniedError("This needs the ops token.")
+    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            if not _is_local(request):
+                self._authenticate(request)
+            return await handler(request)
 
-    async def livez(self, request: Request) -> JSONResponse:
-        """The process answers."""
-        self._check(request)
-        return JSONResponse({"status": "ok"})
+        return endpoint
 
-    async def readyz(self, request: Request) -> JSONResponse:
-        """Whether requests would be served, and if not, what is down."""
-        self._check(request)
-        services = self._services
-        is_database_up = await self._database_answers()
+    def _authenticate(self, request: Request) -> None:
+        if self._token is None:
+            message = "This is open on loopback only: set TALLYGATE_OPS_TOKEN to ask from here."
+            raise PermissionDeniedError(message, code="ops_only")
+        sent = bearer(exchange_of(request))
+        if sent is None or not hmac.compare_digest(sent, self._token):
+            message = "Send TALLYGATE_OPS_TOKEN as 'Authorization: Bearer …'."
+            raise PermissionDeniedError(message, code="ops_only")
+
+    async def _livez(self, _request: Request) -> Response:
+        return answer({"status": "alive"})
+
+    async def _readyz(self, _request: Request) -> Response:
+        async with asyncio.TaskGroup() as group:
+            postgresql = group.create_task(self._reports.is_alive())
+            litellm = group.create_task(self._control.is_alive())
+            spool = group.create_task(asyncio.to_thread(self._spool_state))
         checks = {
-            "postgresql": is_database_up,
-            "price_book": services.price_books.is_known,
-            "litellm": await services.control.is_alive(),
-            "catalog": services.catalog.is_known,
+            "postgresql": postgresql.result(),
+            "litellm": litellm.result(),
+            "catalog": self._catalog.is_known,
+            "price_book": self._has_price_book(),
         }
+        waiting, rejected = spool.result()
         is_ready = all(checks.values())
-        return JSONResponse(
+        return answer(
             {
-                "status": "ok" if is_ready else "unavailable",
-                "down": [name for name, is_up in checks.items() if not is_up],
-                "spool_bytes": services.spool.depth(),
+                "status": "ready" if is_ready else "not_ready",
+                "down": {name: _REMEDIES[name] for name, is_up in checks.items() if not is_up},
+                "checks": {name: "ok" if is_up else "down" for name, is_up in checks.items()},
+                # Neither makes a service less ready: they are settled later, or by a human.
+                "spool": {"bytes": waiting, "rejected": rejected},
             },
-            status_code=200 if is_ready else 503,
+            200 if is_ready else 503,
         )
 
-    async def _database_answers(self) -> bool:
+    def _has_price_book(self) -> bool:
         try:
-            async with self._services.pool.connection(timeout=2) as connection:
-                await connection.execute("SELECT 1")
-        except CONNECTION_ERRORS:
+            return self._price_books.current.version > 0
+        except MeteringUnavailableError:
             return False
-        return True
 
-    async def metrics(self, request: Request) -> Response:
-        """Every worker's figures, and those of the database at this moment."""
-        self._check(request)
-        operations: Operations | None
-        try:
-            operations = await self._services.reports.operations()
-        except (*CONNECTION_ERRORS, MeteringUnavailableError):
-            operations = None
-        registry = shared_registry() or REGISTRY
-        body = generate_latest(registry)
-        moment = CollectorRegistry()
-        moment.register(_Moment(self._services, operations))
-        return Response(body + generate_latest(moment), media_type=CONTENT_TYPE_LATEST)
-
-
-class _Moment(Collector):
-    """Gauges that are read when they are asked for."""
-
-    def __init__(self, services: Services, operations: Operations | None) -> None:
-        self._services = services
-        self._operations = operations
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        spool = self._services.spool
-        operations = self._operations
-        yield _gauge("postgresql_up", "Whether PostgreSQL answers", operations is not None)
-        yield _gauge("spool_bytes", "Settlements that wait for PostgreSQL", spool.depth())
-        yield _gauge("settlements_set_aside", "Settlements that wait for a human", spool.rejected())
-        yield _gauge("scrape_timestamp_seconds", "When this was read", time.time())
-        if operations is None:
-            return
-        yield _gauge("holds_open", "Holds that have not ended", operations.holds_open)
-        yield _gauge("reserved_usd", "What they hold", operations.reserved_nanos / 1e9)
-        yield _gauge("review_queue", "Requests that wait for review", operations.reviews_open)
-        yield _gauge(
-            "review_oldest_seconds", "Age of the oldest of them", operations.review_oldest_s
-        )
-        yield _gauge(
-            "rows_without_partition",
-            "Rows of a month that has no partition",
-            operations.rows_without_partition,
+    async def _metrics(self, _request: Request) -> Response:
+        async with asyncio.TaskGroup() as group:
+            operations = group.create_task(self._reports.operations())
+            spool = group.create_task(asyncio.to_thread(self._spool_state))
+        scraped = CollectorRegistry(auto_describe=False)
+        scraped.register(_Scraped(operations.result(), *spool.result()))
+        # Files are read, several for each worker.
+        counted = await asyncio.to_thread(_counted)
+        return Response(
+            counted + generate_latest(scraped), headers={"content-type": CONTENT_TYPE_LATEST}
         )
 
+    def _spool_state(self) -> tuple[int, int]:
+        return self._spool.depth(), self._spool.rejected()
 
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"tallygate_{name}", text, value=float(value))
 
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a Unix socket, or a test's client
+def _is_local(request: Request) -> bool:
+    if request.client is None or any(name in request.headers for name in _FORWARDED):
         return False
+    try:
+        address = ipaddress.ip_address(request.client.host)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
+def _counted() -> bytes:
+    """Render what the processes counted: all workers' where they share a directory."""
+    # The client library decides by the same variable where a process keeps its values.
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # noqa: TID251 - no setting of ours
+        return generate_latest(REGISTRY)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return generate_latest(registry)
+
+
+class _Scraped(Collector):
+    """Gauges whose values are read at the scrape, and the same from whichever worker answers."""
+
+    def __init__(self, operations: Operations | None, spool_bytes: int, rejected: int) -> None:
+        self._values: dict[str, float] = {
+            "tallygate_postgresql_up": 0 if operations is None else 1,
+            "tallygate_spool_bytes": spool_bytes,
+            "tallygate_settlements_rejected_waiting": rejected,
+        }
+        if operations is not None:
+            self._values |= {
+                "tallygate_holds_open": operations.open_holds,
+                "tallygate_reserved_usd": operations.reserved_nanos / NANOS_PER_USD,
+                "tallygate_review_queue": operations.reviews,
+                "tallygate_review_oldest_seconds": operations.oldest_review_s,
+                "tallygate_misplaced_rows": operations.misplaced_rows,
+            }
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Yield the gauges whose values are known."""
+        for name, value in self._values.items():
+            yield GaugeMetricFamily(name, SCRAPED_GAUGES[name], value=value)

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -38,7 +39,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (BenchError, ConfigurationError, pytest.fail.Exception) as error:
-        print(error, file=sys.stderr)
+        notes: list[str] = getattr(error, "__notes__", [])
+        print(error, *notes, sep="\n", file=sys.stderr)
         return 2
     return 0
 
@@ -75,10 +77,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     with stage(
         events_per_s=arguments.events_per_s, stream_seconds=arguments.stream_seconds
     ) as running:
+        warm = _warm_up(running)
         figures = Figures(_whole(running, arguments), _streams(running, arguments))
-        metered = (run.requests - run.failures for run in figures.whole if run.batches is not None)
-        streamed = (run.whole for run in figures.streams if run.contender != "direct")
-        answered = sum(metered) + sum(streamed)
+        answered = sum(
+            run.requests - run.failures
+            for run in (*warm, *figures.whole)
+            if run.batches is not None
+        ) + sum(run.whole for run in figures.streams if run.batches is not None)
         ledger = ledger_facts(running.database_url, answered=answered)
         told = {
             "ledger": ledger,
@@ -108,14 +113,38 @@ def _bench(arguments: argparse.Namespace) -> None:
             "whole_answers": [asdict(run) for run in figures.whole],
             "streams": [asdict(run) for run in figures.streams],
         }
-        (arguments.output / "benchmarks.json").write_text(json.dumps(raw, indent=2) + "\n")
+        text = json.dumps(_rounded(raw), indent=2) + "\n"
+        (arguments.output / "benchmarks.json").write_text(text)
         print(f"\nWritten to {arguments.output}/benchmarks.md and benchmarks.json")
 
 
-def _whole(running: Stage, arguments: argparse.Namespace) -> list[measure.WholeAnswers]:
+def _rounded(value: object) -> object:
+    """Return a document without the digits that mean nothing."""
+    match value:
+        case float():
+            return round(value, 4)
+        case dict():
+            items = cast("dict[str, object]", value).items()
+            return {name: _rounded(member) for name, member in items}
+        case list():
+            return [_rounded(member) for member in cast("list[object]", value)]
+        case _:
+            return value
+
+
+def _warm_up(running: Stage) -> list[measure.WholeAnswers]:
+    """Open connections and fill caches; what comes out counts for the ledger alone."""
     for contender in running.whole:
-        measure.check(contender)
-        measure.whole_answers(running, contender, connections=8, seconds=1, number=0)
+        measure.check(contender, stream=False)
+    for contender in running.streamed:
+        measure.check(contender, stream=True)
+    return [
+        measure.whole_answers(running, contender, connections=32, seconds=1, number=0)
+        for contender in running.whole
+    ]
+
+
+def _whole(running: Stage, arguments: argparse.Namespace) -> list[measure.WholeAnswers]:
     measured: list[measure.WholeAnswers] = []
     for connections in arguments.connections:
         for number in range(arguments.rounds):

@@ -13,7 +13,7 @@ from proxy.db import migrate
 from proxy.embedded.litellm import LiteLLMChild
 from proxy.embedded.postgres import EmbeddedPostgres
 from tests.bench import canned, nginx
-from tests.bench.processes import running
+from tests.bench.processes import BenchError, running
 from tests.support.service import Service, free_port, prepare_service
 
 MASTER_KEY = "sk-master-of-the-benchmark"
@@ -116,6 +116,8 @@ def _directory() -> Generator[Path]:
 def _postgres() -> Generator[EmbeddedPostgres]:
     """Run PostgreSQL as `tallygate up` does: every commit is on disk."""
     with _directory() as home:
+        # Where we are root, PostgreSQL runs as somebody else, who must get there.
+        home.chmod(0o711)
         server = EmbeddedPostgres(home)
         try:
             server.start()
@@ -175,7 +177,11 @@ def _service(home: Path, database_url: str, litellm_url: str) -> Generator[Servi
         )
     ) as service:
         service.start()
-        yield service
+        try:
+            yield service
+        except BenchError as error:
+            error.add_note(f"{service.log_path}, its end:\n{service.log()[-3000:]}")
+            raise
 
 
 def _bearer(key: str) -> dict[str, str]:

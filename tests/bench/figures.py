@@ -28,7 +28,7 @@ class Target:
     def row(self) -> list[str]:
         """Return the line of a table."""
         bound = "at least" if self.at_least else "at most"
-        digits = 0 if self.unit == "x" and self.limit >= 10 else 2
+        digits = 0 if self.limit in {0, 20} else 2
         return [
             self.name,
             f"{bound} {self.limit:g}{self.unit}",

@@ -58,11 +58,12 @@ class Streams:
     postgres_us_per_stream: float
     # Of one core, while the streams ran.
     proxy_share: float
+    batches: dict[str, float] | None
 
 
-def check(contender: Contender) -> None:
+def check(contender: Contender, *, stream: bool) -> None:
     """Ask once, and see an answer: figures of errors are no figures."""
-    body = canned.request_body()
+    body = canned.request_body(stream=stream)
     headers = {**contender.headers, "content-type": "application/json"}
     url = f"{contender.url}/v1/chat/completions"
     answer = httpx.post(url, content=body, headers=headers, timeout=30, trust_env=False)
@@ -136,6 +137,7 @@ def streams(
         proxy_us_per_event=spent.proxy_s / events * 1e6,
         postgres_us_per_stream=spent.postgres_s / count * 1e6,
         proxy_share=spent.proxy_s / (seconds + SPREAD_S),
+        batches=spent.batches,
     )
 
 

@@ -9,7 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.bench.contenders import Contender, Stage
-from tests.bench.processes import cpu_seconds
+from tests.bench.processes import BenchError, cpu_seconds
 
 
 @dataclass
@@ -51,8 +51,10 @@ class _Counters:
         items: dict[str, float] = {}
         calls: dict[str, float] = {}
         if contender.uses_ledger:
-            text = httpx.get(f"{contender.url}/metrics", timeout=10, trust_env=False).text
-            for family in text_string_to_metric_families(text):
+            answer = httpx.get(f"{contender.url}/metrics", timeout=10, trust_env=False)
+            if answer.status_code != 200:
+                raise BenchError(f"/metrics answers {answer.status_code}: {answer.text[:500]}")
+            for family in text_string_to_metric_families(answer.text):
                 for sample in family.samples:
                     if sample.name == "tallygate_batch_size_sum":
                         items[sample.labels["call"]] = sample.value
