@@ -5,7 +5,7 @@
 #       --env TALLYGATE_LITELLM_KEY=… --env TALLYGATE_ADMIN_KEY=… \
 #       --publish 4000:4000 --volume tallygate:/var/lib/tallygate tallygate
 
-# Any Debian or Ubuntu with python3 (3.11 or later) and its venv module will do.
+# Any Debian-like image with python3 (3.11 or later) and its venv module will do.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build

@@ -45,7 +45,7 @@ class LiteLLMControl:
         return int(response.json()["total_tokens"])
 
     async def details(self) -> dict[str, Any]:
-        """What LiteLLM tells of itself (`GET /health/readiness/details`): version, cache, callbacks."""
+        """What LiteLLM tells of itself: version, cache (`GET /health/readiness/details`)."""
         response = await self._client.get("/health/readiness/details")
         response.raise_for_status()
         return dict(response.json())

@@ -14,12 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.db import CONNECTION_ERRORS, unavailable
-from proxy.errors import (
-    InvalidRequestError,
-    MethodNotAllowedError,
-    NotFoundError,
-    TallygateError,
-)
+from proxy.errors import MethodNotAllowedError, NotFoundError, TallygateError
 from proxy.exchange import Exchange
 
 log = logging.getLogger(__name__)
@@ -79,7 +74,7 @@ def exchange_of(request: Request) -> Exchange:
 
 
 async def refuse_route(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler: turn what routing refuses into an error of ours."""
+    """Starlette's exception handler: turn what routing refuses, 404 and 405, into our errors."""
     if not isinstance(error, HTTPException):  # pragma: no cover - registered for nothing else
         raise error
     path = request.url.path[:_SHOWN_PATH_CHARACTERS]
@@ -88,9 +83,7 @@ async def refuse_route(request: Request, error: Exception) -> Response:
         refusal = MethodNotAllowedError(f"{path} does not take {request.method}. Use {allowed}.")
         refusal.headers["allow"] = allowed
         raise refusal
-    if error.status_code == NotFoundError.status:
-        raise NotFoundError(f"There is no {path} here. Check the path.")
-    raise InvalidRequestError(error.detail)
+    raise NotFoundError(f"There is no {path} here. Check the path.")
 
 
 def resource(path: str, **handlers: Handler) -> Route:

@@ -32,6 +32,9 @@ def main() -> int:
     if missing:
         print(f"{' and '.join(missing)} not found: apt-get install wrk nginx-light")
         return 2
+    if sys.platform != "linux":
+        print("the benchmark reads processor times from /proc, which only Linux has")
+        return 2
     # So that whatever ends us lets the children be ended too.
     signal.signal(signal.SIGTERM, _leave)
     try:

@@ -12,7 +12,8 @@ from statistics import median
 import psycopg
 
 _PACKAGES = ("tallygate", "uvicorn", "uvloop", "httptools", "aiohttp", "msgspec", "psycopg")
-_FSYNCS = 50
+_FSYNCS = 100
+_PAGE = 8192
 
 
 def versions(database_url: str) -> dict[str, str]:
@@ -25,7 +26,7 @@ def versions(database_url: str) -> dict[str, str]:
         "LiteLLM": version("litellm"),
         "PostgreSQL": "" if row is None else str(row[0]),
         "nginx": _said(["nginx", "-v"], r"nginx/(\S+)"),
-        "wrk": _said(["wrk", "-v"], r"wrk (\S+)"),
+        "wrk": _said(["wrk", "-v"], r"wrk (?:debian/)?(\S+)"),
     }
 
 
@@ -68,12 +69,14 @@ def _jiffies() -> list[int]:
 
 
 def _fsync_ms(directory: Path) -> float:
-    """Time the write that each commit waits for."""
+    """Time the write that each commit waits for: a page within a file that is already there."""
     path = directory / "fsync-probe"
+    path.write_bytes(bytes(_PAGE * _FSYNCS))
     took: list[float] = []
-    with path.open("wb", buffering=0) as file:
+    with path.open("r+b", buffering=0) as file:
+        os.fsync(file.fileno())
         for _ in range(_FSYNCS):
-            file.write(bytes(8192))
+            file.write(bytes(_PAGE))
             started = time.perf_counter()
             os.fdatasync(file.fileno())
             took.append(time.perf_counter() - started)

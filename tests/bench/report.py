@@ -86,7 +86,9 @@ def _stream_row(runs: Sequence[Streams]) -> list[str]:
 
 def facts(told: Mapping[str, str]) -> str:
     """Show names and what belongs to them."""
-    return table(["", ""], [[name, text] for name, text in told.items()])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in told.items())]
+    )
 
 
 def page(

@@ -46,8 +46,9 @@ class Source(asyncio.Protocol):
         """Be called by the loop."""
         self._parser.feed_data(data)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
+    def connection_lost(self, exc: Exception | None) -> None:
         """Be called by the loop."""
+        del exc  # the signature is the loop's
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()

@@ -1,5 +1,7 @@
 """The account API: customers see their own account, exactly, and nothing of the provider's cost."""
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -239,11 +241,15 @@ async def test_cursor_beyond_every_row_is_the_first_page(customer: Customer) -> 
     assert len((await customer.get("/ledger", cursor="9" * 19))["data"]) == 1
 
 
-async def test_postgresql_away_is_503_with_a_time_to_come_back(tmp_path: Any) -> None:
-    async with open_api("postgresql://nobody@127.0.0.1:1/x", tmp_path) as api:
-        answer = await api.call("GET", "/api/v1/balance", key="sk-somebodys")
-        admins = await api.call("GET", "/admin/v1/accounts", key=ADMIN_KEY)
-    for each in (answer, admins):
-        assert (each.status_code, each.json()["error"]["code"]) == (503, "metering_unavailable")
-        assert each.headers["retry-after"]
-        assert each.headers["x-request-id"]
+async def test_postgresql_away_is_503_with_a_time_to_come_back(tmp_path: Path) -> None:
+    async with (
+        open_api("postgresql://nobody@127.0.0.1:1/x", tmp_path) as api,
+        asyncio.TaskGroup() as group,
+    ):
+        customers = group.create_task(api.call("GET", "/api/v1/balance", key="sk-somebodys"))
+        admins = group.create_task(api.call("GET", "/admin/v1/accounts", key=ADMIN_KEY))
+    for task in (customers, admins):
+        answer = task.result()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "metering_unavailable")
+        assert answer.headers["retry-after"]
+        assert answer.headers["x-request-id"]

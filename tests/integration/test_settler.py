@@ -10,6 +10,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from proxy import metrics
 from proxy import settlement as settlement_module
 from proxy.db import CONNECTION_ERRORS, Session
 from proxy.errors import MeteringUnavailableError
@@ -208,3 +209,51 @@ async def test_commit_whose_answer_was_lost_is_not_charged_again(
     assert money.balance() == (850, 0, 0)
     await settler.drain()
     await session.close()
+
+
+async def test_capture_of_a_hold_that_never_was_is_shouted_about(
+    account: NewAccount, make_settler: MakeSettler, caplog: pytest.LogCaptureFixture
+) -> None:
+    money: Money = account(funds=1000)
+    settled = await make_settler().settle(captured(money.request(400)))
+    assert settled.outcome == "unknown"
+    assert "captured an unknown hold" in caplog.text
+
+
+async def test_charge_beyond_everything_is_reported_as_overdraft(
+    account: NewAccount, make_settler: MakeSettler
+) -> None:
+    money: Money = account(funds=1000)
+    before = metrics.OVERDRAFT_USD._value.get()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    settled = await make_settler().settle(captured(money.hold(100), 1500))
+    assert settled.overdraft_nanos == 500
+    after = metrics.OVERDRAFT_USD._value.get()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    assert after - before == pytest.approx(500e-9)
+
+
+async def test_spool_is_replayed_in_the_background_as_soon_as_postgresql_is_back(
+    account: NewAccount, database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class AwayAtFirst(Session):
+        failures = 2
+
+        async def fetch(
+            self, query: LiteralString, parameters: Sequence[str]
+        ) -> list[tuple[str | None, ...]]:
+            if self.failures:
+                self.failures -= 1
+                raise psycopg.OperationalError("away")
+            return await super().fetch(query, parameters)
+
+    money: Money = account(funds=1000)
+    nowhere = Session(NOWHERE, timeout_s=5)
+    back = AwayAtFirst(database_url, timeout_s=5)
+    settler = Settler([nowhere], back, Spool(tmp_path), nanos_per_credit=1_000_000)
+    await settler.settle(captured(money.hold(400)))
+    running = asyncio.create_task(settler.run(interval_s=0.01))
+    async with asyncio.timeout(10):
+        while money.balance() != (850, 0, 0):  # noqa: ASYNC110 - another process's row
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await settler.drain()
+    assert "spool waits for PostgreSQL" in caplog.text
