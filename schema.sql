@@ -403,8 +403,10 @@ RETURNS TABLE (
     requests_limit integer, requests_left integer, tokens_limit bigint, tokens_left bigint
 )
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
--- Plans are made while the tables are small and must not go stale as they grow.
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+-- Plans are made once and while the tables are small: only a look-up by key, one for each row of the
+-- batch, is right at every size.
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET enable_material = off SET enable_memoize = off SET jit = off
 SET plan_cache_mode = force_generic_plan
 AS $$
 #variable_conflict use_column
@@ -591,7 +593,8 @@ CREATE TYPE settlement AS (
 CREATE FUNCTION settle_batch(p_batch json, p_grace_s integer DEFAULT 0)
 RETURNS TABLE (ord integer, outcome text, overdraft bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET enable_material = off SET enable_memoize = off SET jit = off
 SET plan_cache_mode = force_generic_plan
 AS $$
 #variable_conflict use_column
@@ -1034,7 +1037,7 @@ UNION ALL
 SELECT
     h.account_id, h.request_id, h.key_id, h.created_at, NULL, h.endpoint, h.model, NULL, h.tier,
     h.streamed, h.byok, 'pending', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, h.price_version, h.amount, 0, NULL, NULL, NULL,
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, h.price_version, h.amount, 0::bigint, NULL, NULL, NULL,
     NULL, false, NULL, NULL
 FROM open_holds AS h;
 

@@ -5,8 +5,7 @@ limits is above it, as long as the provider keeps to its price list. Input token
 the bytes of the prompt (a token is at least one byte), output tokens by the limit that is sent.
 """
 
-from collections.abc import Iterable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +13,7 @@ from pricing.errors import InvalidAmountError
 from pricing.markup import price_tokens
 from pricing.money import MAX_AMOUNT
 from pricing.price_book import Markup, PerToken, Rule
-from pricing.rating import ClassPrices, ModelPrices
+from pricing.rating import ModelPrices
 from pricing.usage import INPUT_CLASSES, OUTPUT_CLASSES, TokenClass
 
 ALL_CLASSES = frozenset(TokenClass)
@@ -58,7 +57,7 @@ def ceiling_usage(
     max_input_tokens: int | None,
     output_limit: int,
     n: int = 1,
-    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
 ) -> Ceiling:
     """Bound the tokens of a request.
@@ -82,7 +81,7 @@ def ceiling_cost(
     input_tokens: int,
     output_tokens: int,
     *,
-    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
 ) -> int | None:
     """Return the most that so many tokens can cost, in picos; None where a price is missing.
@@ -92,14 +91,9 @@ def ceiling_cost(
     """
     if prices is None:
         return None
-    tables = [prices.tokens]
-    tables += [tier.prices for tier in prices.tiers if input_tokens > tier.above_tokens]
     cost_picos = searches * prices.search
-    for tokens, side in (
-        (input_tokens, INPUT_CLASSES),
-        (output_tokens, OUTPUT_CLASSES),
-    ):
-        dearest = _dearest_price(tables, side & classes)
+    for tokens, side in ((input_tokens, INPUT_CLASSES), (output_tokens, OUTPUT_CLASSES)):
+        dearest = prices.dearest(side & classes, input_tokens)
         if tokens and dearest is None:
             return None
         cost_picos += tokens * (dearest or 0)
@@ -114,7 +108,7 @@ def ceiling_price(
     *,
     nanos_per_credit: int,
     default_hold_nanos: int,
-    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
 ) -> int:
     """Return the most that so many tokens can be sold for, in nanos, and at most MAX_AMOUNT.
@@ -146,7 +140,7 @@ def affordable_output_tokens(  # noqa: PLR0917 - they stand in the order of `cei
     nanos_per_credit: int,
     *,
     max_output_tokens: int = MAX_OUTPUT_TOKENS,
-    classes: AbstractSet[TokenClass] = ALL_CLASSES,
+    classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
 ) -> int:
     """Return the largest output limit for each of `n` choices whose ceiling price is available.
@@ -180,15 +174,8 @@ def affordable_output_tokens(  # noqa: PLR0917 - they stand in the order of `cei
     return affordable
 
 
-def _dearest_price(tables: Iterable[ClassPrices], classes: AbstractSet[TokenClass]) -> int | None:
-    return max(
-        (price for table in tables for name, price in table.items() if name in classes),
-        default=None,
-    )
-
-
 def _dearest_tokens(
-    rule: Rule, input_tokens: int, output_tokens: int, classes: AbstractSet[TokenClass]
+    rule: Rule, input_tokens: int, output_tokens: int, classes: frozenset[TokenClass]
 ) -> Mapping[TokenClass, int]:
     """Put all tokens of each side into the class that the rule sells dearest."""
     terms = rule.terms

@@ -7,6 +7,7 @@ exponent are bounded before any power is computed: `1e999999999` is refused, not
 
 import re
 from decimal import Decimal
+from functools import lru_cache
 
 from pricing.errors import InvalidAmountError
 
@@ -104,6 +105,7 @@ def decimal_text(value: int, places: int) -> str:
     return f"{sign}{whole}.{decimals}" if decimals else f"{sign}{whole}"
 
 
+@lru_cache
 def _finite_places(divisor: int) -> int:
     """Return how many decimal places every multiple of 1/`divisor` needs at most."""
     rest, powers = divisor, {2: 0, 5: 0}

@@ -106,6 +106,22 @@ class ModelPrices:
     units: Mapping[str, int] = field(default_factory=dict[str, int])
     search: int = 0
     service_tiers: Mapping[str, "ModelPrices"] = field(default_factory=dict[str, "ModelPrices"])
+    _dearest: dict[tuple[frozenset[TokenClass], int], int | None] = field(
+        default_factory=dict[tuple[frozenset[TokenClass], int], int | None],
+        init=False,
+        repr=False,
+        compare=False,
+    )
+
+    def dearest(self, classes: frozenset[TokenClass], input_tokens: int) -> int | None:
+        """Return the highest price of these classes in any tier up to so many input tokens."""
+        reached = sum(input_tokens > tier.above_tokens for tier in self.tiers)
+        key = (classes, reached)
+        if key not in self._dearest:  # asked before each request, with few different answers
+            tables = [self.tokens, *(tier.prices for tier in self.tiers[:reached])]
+            prices = [price for table in tables for n, price in table.items() if n in classes]
+            self._dearest[key] = max(prices, default=None)
+        return self._dearest[key]
 
     def at(self, input_tokens: int) -> ClassPrices:
         """Return the prices per token of a request with so many input tokens."""

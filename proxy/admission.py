@@ -7,7 +7,7 @@ set no limit of its own, its answer is limited to what the balance affords.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import msgspec
@@ -88,9 +88,9 @@ class AdmissionLimits:
     hold_ttl_s: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Plan:
-    """A request as it would be sent: its ceiling and what that is made of."""
+    """A request as it would be sent: its ceiling and what that is made of; narrowed in place."""
 
     principal: Principal
     model: Model
@@ -101,7 +101,7 @@ class _Plan:
     classes: frozenset[TokenClass]
     input_tokens: int
     output_limit: int
-    price_nanos: int
+    price_nanos: int = 0
     is_clamped: bool = False
 
 
@@ -127,7 +127,9 @@ class Admission:
         self._control = control
         self._price_books = price_books
         self._limits = limits
-        self._byok_headers = byok_headers
+        self._byok_headers = [
+            (name, name.lower().encode(), provider) for name, provider in byok_headers.items()
+        ]
 
     async def admit(
         self,
@@ -151,7 +153,7 @@ class Admission:
             plan = self._plan(principal, request, header)
             authorization = await self._authorize(request_id, plan, request)
         if authorization.outcome in _SHORT_OF_MONEY:
-            plan = await self._narrowed(plan, request, authorization)
+            await self._narrow(plan, request, authorization)
             authorization = await self._authorize(request_id, plan, request)
         if not authorization.is_held:
             raise self._refused(authorization, plan)
@@ -186,9 +188,9 @@ class Admission:
             classes=_classes(request),
             input_tokens=input_tokens,
             output_limit=_output_limit(model, request),
-            price_nanos=0,
         )
-        return self._priced(plan, request)
+        self._set_price(plan, request)
+        return plan
 
     def _find_model(self, principal: Principal, name: str) -> Model:
         model = self._catalog.get(name)
@@ -203,35 +205,29 @@ class Admission:
             raise NotFoundError(msg, code="model_not_found", param="model")
         return model
 
-    def _priced(self, plan: _Plan, request: ChatRequest) -> _Plan:
+    def _set_price(self, plan: _Plan, request: ChatRequest) -> None:
+        """Reckon the most that the request can be sold for."""
         # Predicted tokens that the model rejects are billed as output, beyond its limit.
         output_tokens = request.n * (plan.output_limit + request.prediction_bytes)
-        if plan.provider_key is not None:
-            return replace(plan, price_nanos=self._byok_fee(plan, output_tokens))
-        price_nanos = ceiling_price(
-            plan.rule,
-            plan.model.prices,
-            plan.input_tokens,
-            output_tokens,
-            nanos_per_credit=plan.published.nanos_per_credit,
-            default_hold_nanos=self._limits.default_hold_nanos,
-            classes=plan.classes,
-        )
-        return replace(plan, price_nanos=price_nanos)
-
-    def _byok_fee(self, plan: _Plan, output_tokens: int) -> int:
-        """The most that a fee on the provider's cost can be; the credits are bypassed otherwise."""
-        if plan.rule.byok_fee_ppm == 0:
-            return 0
-        cost_picos = ceiling_cost(
-            plan.model.prices,
-            plan.input_tokens,
-            output_tokens,
-            classes=plan.classes,
-        )
-        if cost_picos is None:
-            return self._limits.default_hold_nanos
-        return ceil_div(cost_picos * plan.rule.byok_fee_ppm, PICOS_PER_NANO * PPM)
+        if plan.provider_key is None:
+            plan.price_nanos = ceiling_price(
+                plan.rule,
+                plan.model.prices,
+                plan.input_tokens,
+                output_tokens,
+                nanos_per_credit=plan.published.nanos_per_credit,
+                default_hold_nanos=self._limits.default_hold_nanos,
+                classes=plan.classes,
+            )
+        elif plan.rule.byok_fee_ppm:
+            cost_picos = ceiling_cost(
+                plan.model.prices, plan.input_tokens, output_tokens, classes=plan.classes
+            )
+            plan.price_nanos = (
+                self._limits.default_hold_nanos
+                if cost_picos is None
+                else ceil_div(cost_picos * plan.rule.byok_fee_ppm, PICOS_PER_NANO * PPM)
+            )
 
     async def _authorize(
         self, request_id: UUID, plan: _Plan, request: ChatRequest
@@ -268,22 +264,22 @@ class Admission:
                 )
             raise
 
-    async def _narrowed(
+    async def _narrow(
         self, plan: _Plan, request: ChatRequest, authorization: Authorization
-    ) -> _Plan:
+    ) -> None:
         """Count the prompt exactly and, if the client set no limit, clamp the output to fit."""
         funds = _funds(authorization)
         if plan.model.prices is None or plan.provider_key is not None:
             raise self._refused(authorization, plan)
-        counted = await self._count(plan, request)
-        narrowed = self._priced(replace(plan, input_tokens=counted), request)
-        if narrowed.price_nanos <= funds:
-            return narrowed
-        affordable = self._affordable(narrowed, request, funds)
+        plan.input_tokens = await self._count(plan, request)
+        self._set_price(plan, request)
+        if plan.price_nanos <= funds:
+            return
+        affordable = self._affordable(plan, request, funds)
         if request.output_limit is not None or affordable < self._limits.min_output_tokens:
-            raise self._refused(authorization, narrowed, affordable)
-        clamped = replace(narrowed, output_limit=affordable, is_clamped=True)
-        return self._priced(clamped, request)
+            raise self._refused(authorization, plan, affordable)
+        plan.output_limit, plan.is_clamped = affordable, True
+        self._set_price(plan, request)
 
     async def _count(self, plan: _Plan, request: ChatRequest) -> int:
         if request.images or request.audio_clips or request.files:

@@ -25,7 +25,7 @@ from proxy.control import LiteLLMControl
 from proxy.db import CONNECTION_ERRORS, Session, make_pool
 from proxy.errors import ConfigurationError
 from proxy.ledger import Ledger
-from proxy.log import configure_logging
+from proxy.log import RequestLog, configure_logging
 from proxy.price_books import PriceBooks
 from proxy.principals import Principals
 from proxy.relay import Relay, RelayLimits
@@ -108,6 +108,7 @@ def make_app(settings: Settings) -> ASGIApp:
         ),
         byok_headers=settings.byok_headers,
     )
+    request_log = RequestLog()
     relay = Relay(
         principals=principals,
         admission=admission,
@@ -129,6 +130,7 @@ def make_app(settings: Settings) -> ASGIApp:
             max_answer_bytes=limits.max_answer_bytes,
             charge_cut_streams=settings.charge_cut_streams,
         ),
+        log=request_log,
     )
     services = Services(
         pool=pool,
@@ -176,6 +178,7 @@ def make_app(settings: Settings) -> ASGIApp:
             await upstream.close()
             await control.close()
             await pool.close()
+            request_log.flush()
 
     return _Front(DataPlane(services), make_application(services, lifespan))
 

@@ -1,6 +1,6 @@
 """Bring your own key: which provider key, of those a customer sent, this call goes out with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 from proxy.errors import InvalidRequestError
 
@@ -8,17 +8,19 @@ ANY_PROVIDER = "*"
 
 
 def choose_provider_key(
-    header: Callable[[bytes], str | None], names: Mapping[str, str], provider: str | None
+    header: Callable[[bytes], str | None],
+    names: Sequence[tuple[str, bytes, str]],
+    provider: str | None,
 ) -> str | None:
     """Return the key for a model of `provider`; None if the call is to be paid with credits.
 
-    `names` maps header names to providers, "*" for any. A key for another provider is left alone:
-    clients set all of theirs once, and call what they like. A blank key is refused, because LiteLLM
-    would use the operator's in its place.
+    `names` are headers as shown and as sent, with the provider of each, "*" for any. A key for
+    another provider is left alone: clients set all of theirs once, and call what they like. A blank
+    key is refused, because LiteLLM would use the operator's in its place.
     """
     chosen: str | None = None
-    for name, of_provider in names.items():
-        value = header(name.lower().encode())
+    for name, sent, of_provider in names:
+        value = header(sent)
         if value is None:
             continue
         key = value.strip()

@@ -88,8 +88,8 @@ class Session:
 
     async def fetch(
         self, query: LiteralString, parameters: Sequence[str]
-    ) -> list[tuple[str | None, ...]]:
-        """Run one statement in a transaction of its own; values are text both ways.
+    ) -> list[tuple[bytes | None, ...]]:
+        """Run one statement in a transaction of its own; values are in text format both ways.
 
         Raises one of CONNECTION_ERRORS where the server is away or silent for `timeout_s`, and
         another psycopg.Error where it refuses.
@@ -107,7 +107,7 @@ class Session:
 
     async def _run(
         self, pgconn: PGconn, query: LiteralString, parameters: Sequence[str]
-    ) -> list[tuple[str | None, ...]]:
+    ) -> list[tuple[bytes | None, ...]]:
         loop = asyncio.get_running_loop()
         pgconn.send_query_params(query.encode(), [value.encode() for value in parameters])
         while pgconn.flush():  # the socket's buffer is full
@@ -123,10 +123,7 @@ class Session:
         if result.status != ExecStatus.TUPLES_OK:
             raise error_from_result(result)
         return [
-            tuple(
-                None if (value := result.get_value(row, column)) is None else bytes(value).decode()
-                for column in range(result.nfields)
-            )
+            tuple([result.get_value(row, column) for column in range(result.nfields)])
             for row in range(result.ntuples)
         ]
 

@@ -154,9 +154,6 @@ _LITELLM_TOOL = "litellm_"
 # The tiers at the price that is in the price list; the others are priced differently.
 _TIERS = (None, "auto", "default")
 
-_RETRY_HEADERS = ("retry-after", "retry-after-ms")
-_RETRY_VALUE = re.compile(r"[A-Za-z0-9 ,:.+-]{1,64}")
-
 
 def check_body(fields: Fields) -> Fields:
     """Return the members that may reach LiteLLM; raises InvalidRequestError for what may not."""
@@ -185,19 +182,6 @@ def upstream_headers(request_id: str, master_key: str) -> dict[str, str]:
         # Both sides' records join on it.
         "x-litellm-call-id": request_id,
     }
-
-
-def client_headers(upstream: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Return those of LiteLLM's headers that the customer may see; names in any case."""
-    headers = {name.lower(): value for name, value in upstream.items()}
-    passed: list[tuple[bytes, bytes]] = []
-    if "content-type" in headers:
-        passed.append((b"content-type", headers["content-type"].encode("latin-1", "replace")))
-    for name in _RETRY_HEADERS:
-        value = headers.get(name) or headers.get(f"llm_provider-{name}")
-        if value is not None and _RETRY_VALUE.fullmatch(value):
-            passed.append((name.encode(), value.encode()))
-    return passed
 
 
 def _check_name(name: str) -> None:

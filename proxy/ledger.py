@@ -246,9 +246,13 @@ class _AuthorizeLane:
         )
         self._seconds.observe(time.perf_counter() - started)
         return [
-            Authorization(outcome or "", *[None if text is None else int(text) for text in numbers])
+            Authorization(_text(outcome), *[None if n is None else int(n) for n in numbers])
             for outcome, *numbers in rows
         ]
+
+
+def _text(value: bytes | None) -> str:
+    return bytes(value or b"").decode()
 
 
 async def settle_batch(session: Session, settlements: Sequence[bytes]) -> list[Settled]:
@@ -263,7 +267,7 @@ async def settle_batch(session: Session, settlements: Sequence[bytes]) -> list[S
     )
     LEDGER_SECONDS.labels("settle").observe(time.perf_counter() - started)
     answers = {
-        int(ord_ or 0): Settled(outcome or "", int(overdraft or 0))
+        int(ord_ or 0): Settled(_text(outcome), int(overdraft or 0))
         for ord_, outcome, overdraft in rows
     }
     return [answers[number] for number in range(1, len(settlements) + 1)]

@@ -4,7 +4,6 @@ Whatever happens after the hold is placed, the request is settled exactly once b
 of its answer leave; if this process dies first, the hold is left to the sweeper.
 """
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from proxy.admission import Admission, Admitted
 from proxy.call import Call
 from proxy.errors import TallygateError, UpstreamError, UpstreamProtocolError
 from proxy.exchange import Exchange
+from proxy.log import RequestLog
 from proxy.principals import Principals
 from proxy.settlement import Settler
 from proxy.streaming import StreamRelay
@@ -25,8 +25,6 @@ from proxy.sweeper import Heartbeat
 from proxy.upstream import Upstream, UpstreamAnswer
 from proxy.wire.chat_answer import read_chat_answer
 from proxy.wire.chat_request import parse_chat_request, upstream_body
-
-log = logging.getLogger("tallygate.request")
 
 _PATH = "/v1/chat/completions"
 _ENDPOINT = "chat.completions"
@@ -56,6 +54,7 @@ class Relay:
         streams: StreamRelay,
         master_key: str,
         limits: RelayLimits,
+        log: RequestLog,
     ) -> None:
         self._principals = principals
         self._admission = admission
@@ -65,6 +64,7 @@ class Relay:
         self._streams = streams
         self._master_key = master_key
         self._limits = limits
+        self._log = log
 
     async def chat(self, exchange: Exchange) -> None:
         """Answer one chat completion, or the error that it ends in."""
@@ -141,9 +141,7 @@ class Relay:
             admitted, reading, charge_incomplete=self._limits.charge_cut_streams
         )
         await self._settler.settle(settlement)
-        await call.exchange.respond(
-            _OK, chat.body, _answer_headers(admitted, answer, settlement.price)
-        )
+        await call.exchange.respond(_OK, chat.body, _answer_headers(admitted, settlement.price))
 
     def _account_for(self, exchange: Exchange, model: str, started: float) -> None:
         """Count and log the request; what the log says names no key and quotes no prompt."""
@@ -151,9 +149,8 @@ class Relay:
         requests, latency = _observers(model, str(exchange.status or 499))
         requests.inc()
         latency.observe(seconds)
-        log.info(
-            "request",
-            extra={
+        self._log.write(
+            {
                 "request_id": exchange.request_id,
                 "endpoint": _ENDPOINT,
                 "model": model,
@@ -161,7 +158,7 @@ class Relay:
                 "streamed": exchange.is_streaming,
                 "client_gone": exchange.is_gone,
                 "ms": round(seconds * 1000, 1),
-            },
+            }
         )
 
 
@@ -174,10 +171,9 @@ def _observers(model: str, status: str) -> tuple[Counter, Histogram]:
     )
 
 
-def _answer_headers(
-    admitted: Admitted, answer: UpstreamAnswer, price_nanos: int | None
-) -> list[tuple[bytes, bytes]]:
-    headers = firewall.client_headers(answer.headers)
+def _answer_headers(admitted: Admitted, price_nanos: int | None) -> list[tuple[bytes, bytes]]:
+    """Headers of a whole answer; none of LiteLLM's own, which tell of the inside."""
+    headers = [(b"content-type", b"application/json")]
     headers += [(name.encode(), value.encode()) for name, value in admitted.headers.items()]
     if price_nanos is not None:
         charged = admitted.credits_text(price_nanos)

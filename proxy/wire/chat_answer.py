@@ -6,7 +6,7 @@ import msgspec
 
 from pricing.usage import Usage
 from proxy.wire.fields import UNREADABLE, is_null, raw, read_fields, value_of
-from proxy.wire.usage import usage_from_openai, without_cost
+from proxy.wire.usage import read_usage, without_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +32,13 @@ def read_chat_answer(body: bytes) -> ChatAnswer:
         return ChatAnswer(body=body, is_valid=False)
     if not is_null(fields.get("error")):
         return ChatAnswer(body=body, is_valid=False, error=body)
-    usage = value_of(fields.get("usage"))
-    if b"cost" in bytes(fields.get("usage", b"")).lower():
-        body = msgspec.json.encode({**fields, "usage": raw(without_cost(usage))})
+    usage = fields.get("usage")
+    if usage is not None and b"cost" in bytes(usage).lower():
+        body = msgspec.json.encode({**fields, "usage": raw(without_cost(value_of(usage)))})
     model = value_of(fields.get("model"))
     return ChatAnswer(
         body=body,
         is_valid=bytes(fields.get("choices", b"")).startswith(b"["),
         model=model if isinstance(model, str) and model else None,
-        usage=usage_from_openai(usage),
+        usage=None if is_null(usage) else read_usage(bytes(usage or b"")),
     )

@@ -14,7 +14,7 @@ from pricing.usage import Usage
 from proxy.wire.delivered import DeliveredEvents, has_content
 from proxy.wire.fields import UNREADABLE, Fields, is_null, raw, read_fields, value_of
 from proxy.wire.sse import DONE, DONE_EVENT, EVENT_ENDS, EventSplitter, data_event, event_data
-from proxy.wire.usage import cost_text, usage_from_openai, without_cost
+from proxy.wire.usage import cost_text, read_usage, without_cost
 
 
 class ChatStreamMeter:
@@ -138,7 +138,7 @@ class ChatStreamMeter:
 
     def _hold(self, fields: Fields) -> None:
         self._held = fields
-        usage = usage_from_openai(value_of(fields["usage"]))
+        usage = read_usage(bytes(fields["usage"]))
         if usage is not None or self._usage_event is None:
             self._usage_event = fields
             self.usage = usage

@@ -6,15 +6,88 @@ cache; `prompt_tokens` has the cached tokens in it whatever the provider counts.
 
 import re
 from collections.abc import Mapping
-from typing import cast
+from typing import Annotated, cast
 
 import msgspec
 
 from pricing.errors import UsageUnknownError
 from pricing.usage import Usage
-from proxy.wire.fields import UNREADABLE, read_fields
+from proxy.wire.fields import UNREADABLE, read_fields, value_of
 
 _JSON_NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,40})?([eE][+-]?\d{1,3})?")
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)] | None
+
+
+class _Creations(msgspec.Struct):
+    ephemeral_1h_input_tokens: Count = None
+
+
+class _Inputs(msgspec.Struct):
+    cached_tokens: Count = None
+    cache_creation_tokens: Count = None
+    cache_write_tokens: Count = None
+    audio_tokens: Count = None
+    image_tokens: Count = None
+    cache_creation_token_details: _Creations | None = None
+
+
+class _Outputs(msgspec.Struct):
+    reasoning_tokens: Count = None
+    audio_tokens: Count = None
+    image_tokens: Count = None
+
+
+class _Report(msgspec.Struct):
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    completion_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    prompt_tokens_details: _Inputs | None = None
+    completion_tokens_details: _Outputs | None = None
+    cache_read_input_tokens: Count = None
+    cache_creation_input_tokens: Count = None
+
+
+_decode_report = msgspec.json.Decoder(_Report).decode
+_NO_INPUTS, _NO_OUTPUTS, _NO_CREATIONS = _Inputs(), _Outputs(), _Creations()
+
+
+def read_usage(raw: bytes) -> Usage | None:
+    """Read a usage from its JSON; as `usage_from_openai`, and much faster where it is in order."""
+    try:
+        report = _decode_report(raw)
+    except UNREADABLE:
+        return usage_from_openai(value_of(msgspec.Raw(raw)))
+    prompt, completion = report.prompt_tokens, report.completion_tokens
+    if prompt + completion == 0:
+        return None
+    inputs = report.prompt_tokens_details or _NO_INPUTS
+    outputs = report.completion_tokens_details or _NO_OUTPUTS
+    creations = inputs.cache_creation_token_details or _NO_CREATIONS
+    created = min(
+        prompt,
+        inputs.cache_creation_tokens
+        or inputs.cache_write_tokens
+        or report.cache_creation_input_tokens
+        or 0,
+    )
+    try:
+        return Usage(
+            input_tokens=prompt,
+            cached_input_tokens=min(
+                prompt, inputs.cached_tokens or report.cache_read_input_tokens or 0
+            ),
+            cache_creation_tokens=created,
+            cache_creation_1h_tokens=min(created, creations.ephemeral_1h_input_tokens or 0),
+            audio_input_tokens=min(prompt, inputs.audio_tokens or 0),
+            image_input_tokens=min(prompt, inputs.image_tokens or 0),
+            output_tokens=completion,
+            reasoning_tokens=min(completion, outputs.reasoning_tokens or 0),
+            audio_output_tokens=min(completion, outputs.audio_tokens or 0),
+            image_output_tokens=min(completion, outputs.image_tokens or 0),
+        )
+    except UsageUnknownError:
+        return None
 
 
 def usage_from_openai(raw: object) -> Usage | None:

@@ -81,7 +81,7 @@ async def test_session_reports_what_the_server_refuses_and_goes_on(database_url:
     session = Session(database_url, timeout_s=5)
     with pytest.raises(psycopg.errors.DivisionByZero):
         await session.fetch("SELECT 1 / $1::integer", ("0",))
-    assert await session.fetch("SELECT $1::integer + 1, NULL", ("1",)) == [("2", None)]
+    assert await session.fetch("SELECT $1::integer + 1, NULL", ("1",)) == [(b"2", None)]
     await session.close()
 
 
@@ -89,7 +89,7 @@ async def test_session_reports_what_the_server_refuses_and_goes_on(database_url:
 async def test_session_sends_more_than_the_socket_takes_at_once(database_url: str) -> None:
     session = Session(database_url, timeout_s=30)
     text = "x" * 20_000_000
-    assert await session.fetch("SELECT length($1)", (text,)) == [("20000000",)]
+    assert await session.fetch("SELECT length($1)", (text,)) == [(b"20000000",)]
     await session.close()
 
 
@@ -99,14 +99,14 @@ async def test_session_gives_up_on_a_silent_server_and_starts_anew(database_url:
     with pytest.raises(TimeoutError):
         await session.fetch("SELECT pg_sleep($1::float8)", ("5",))
     assert session.is_in_doubt
-    assert await session.fetch("SELECT $1::text", ("again",)) == [("again",)]
+    assert await session.fetch("SELECT $1::text", ("again",)) == [(b"again",)]
     await session.close()
 
 
 @pytest.mark.anyio
 async def test_connections_work_as_the_unprivileged_role(database_url: str) -> None:
     session = Session(database_url, timeout_s=5)
-    assert await session.fetch("SELECT current_user", ()) == [("tallygate_app",)]
+    assert await session.fetch("SELECT current_user", ()) == [(b"tallygate_app",)]
     await session.close()
     pool = db.make_pool(database_url)
     await pool.open()

@@ -97,7 +97,7 @@ def test_a_stream_carries_its_cost(client: httpx.Client, provider: FakeProvider)
 
     answer = chat(client, "priced", stream=True, stream_options={"include_usage": True})
 
-    assert '"cost":6e-05' in answer.text.replace(" ", "")
+    assert '"cost":0.00006' in answer.text.replace(" ", "")
     assert answer.text.endswith("data: [DONE]\n\n")
 
 

@@ -91,7 +91,7 @@ async def test_lost_answer_is_asked_again_and_holds_once(
 
     async def fetch(
         self: Session, query: LiteralString, parameters: Sequence[str]
-    ) -> list[tuple[str | None, ...]]:
+    ) -> list[tuple[bytes | None, ...]]:
         rows = await real(self, query, parameters)
         if not lost:
             lost.append(True)

@@ -9,8 +9,8 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
 
-from proxy import metrics
 from proxy import settlement as settlement_module
 from proxy.db import CONNECTION_ERRORS, Session
 from proxy.errors import MeteringUnavailableError
@@ -195,7 +195,7 @@ async def test_commit_whose_answer_was_lost_is_not_charged_again(
 
         async def fetch(
             self, query: LiteralString, parameters: Sequence[str]
-        ) -> list[tuple[str | None, ...]]:
+        ) -> list[tuple[bytes | None, ...]]:
             rows = await super().fetch(query, parameters)
             if not self.lost:
                 self.lost = True
@@ -224,11 +224,14 @@ async def test_charge_beyond_everything_is_reported_as_overdraft(
     account: NewAccount, make_settler: MakeSettler
 ) -> None:
     money: Money = account(funds=1000)
-    before = metrics.OVERDRAFT_USD._value.get()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    before = overdraft_usd()
     settled = await make_settler().settle(captured(money.hold(100), 1500))
     assert settled.overdraft_nanos == 500
-    after = metrics.OVERDRAFT_USD._value.get()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    assert after - before == pytest.approx(500e-9)
+    assert overdraft_usd() - before == pytest.approx(500e-9)
+
+
+def overdraft_usd() -> float:
+    return REGISTRY.get_sample_value("tallygate_overdraft_usd_total") or 0.0
 
 
 async def test_spool_is_replayed_in_the_background_as_soon_as_postgresql_is_back(
@@ -239,7 +242,7 @@ async def test_spool_is_replayed_in_the_background_as_soon_as_postgresql_is_back
 
         async def fetch(
             self, query: LiteralString, parameters: Sequence[str]
-        ) -> list[tuple[str | None, ...]]:
+        ) -> list[tuple[bytes | None, ...]]:
             if self.failures:
                 self.failures -= 1
                 raise psycopg.OperationalError("away")

@@ -19,6 +19,7 @@ from proxy.catalog import Catalog
 from proxy.control import LiteLLMControl
 from proxy.db import Session, make_pool
 from proxy.ledger import Ledger
+from proxy.log import RequestLog
 from proxy.price_books import PriceBooks
 from proxy.principals import Principals
 from proxy.relay import Relay, RelayLimits
@@ -132,6 +133,7 @@ async def open_api(url: str, directory: Path) -> AsyncGenerator[Api]:
         heartbeat=Heartbeat(ledger, interval_s=60, ttl_s=60),
         streams=StreamRelay(settler, StreamLimits(1024, 1, 1024, charge_cut_streams=False)),
         master_key="sk-unused",
+        log=RequestLog(),
         limits=RelayLimits(1024, 1024, charge_cut_streams=False),
     )
     try:

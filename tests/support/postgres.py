@@ -5,7 +5,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import LiteralString, cast
@@ -61,8 +61,14 @@ class Cluster:
         os.kill(pid, signal.SIGKILL)
 
     def crash(self) -> None:
-        """Kill -9 the server and leave it dead until start()."""
+        """Kill -9 the server with every backend and leave it dead until start()."""
+        pid = self.server.pid()
+        assert pid is not None
+        backends = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         self.kill()
+        for backend in backends:  # they would outlive their parent for a moment, and answer
+            with suppress(ProcessLookupError):
+                os.kill(int(backend), signal.SIGKILL)
         self.server.stop()
 
     def _execute(self, statement: str) -> None:

@@ -58,7 +58,7 @@ def test_setting_is_documented(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        metric._name  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
+        metric._name  # noqa: SLF001
         for metric in vars(metrics).values()
         if hasattr(metric, "_documentation")
     ],

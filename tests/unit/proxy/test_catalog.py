@@ -15,11 +15,11 @@ pytestmark = pytest.mark.anyio
 URL = "http://litellm.test"
 
 
-def row(name: str, model: str = "openai/x", **info: object) -> dict[str, Any]:
+def row(name: str, model: str = "openai/x", **info: Any) -> dict[str, Any]:
     return {"model_name": name, "litellm_params": {"model": model}, "model_info": info}
 
 
-PRICED = {"input_cost_per_token": 1e-06, "output_cost_per_token": 2e-06}
+PRICED: dict[str, Any] = {"input_cost_per_token": 1e-06, "output_cost_per_token": 2e-06}
 
 
 async def test_models_are_read_with_prices_limits_and_provider() -> None:
@@ -35,7 +35,7 @@ async def test_models_are_read_with_prices_limits_and_provider() -> None:
 
 
 async def test_deployments_of_one_name_are_taken_at_their_dearest_and_largest() -> None:
-    dear = {"input_cost_per_token": 5e-06, "output_cost_per_token": 1e-06}
+    dear: dict[str, Any] = {"input_cost_per_token": 5e-06, "output_cost_per_token": 1e-06}
     (model,) = read_models(
         [
             row("a", max_output_tokens=10, max_input_tokens=5, **PRICED),
