@@ -71,6 +71,8 @@ def serve(
         http="httptools",
         access_log=False,
         server_header=False,
+        # Nothing is decided by a forwarded address; see api/ops for the one that looks at it.
+        proxy_headers=False,
         log_config=None,
         backlog=2048,
         timeout_keep_alive=75,

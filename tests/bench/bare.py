@@ -60,6 +60,7 @@ if __name__ == "__main__":
         http="httptools",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         log_level="error",
         backlog=2048,
         timeout_keep_alive=75,

@@ -21,10 +21,11 @@ PROVIDER_KEY = "key-of-the-customer"
 # Enough for some million requests.
 CREDITS = "10000000"
 
-DIRECT, NGINX, BARE, METERED, BYOK, LITELLM = (
+DIRECT, NGINX, BARE, UNLEDGERED, METERED, BYOK, LITELLM = (
     "direct",
     "nginx",
     "bare",
+    "unledgered",
     "metered",
     "byok",
     "litellm",
@@ -33,6 +34,7 @@ LABELS = {
     DIRECT: "nginx itself: the upstream, direct",
     NGINX: "nginx as a reverse proxy",
     BARE: "bare relay: our stack without metering",
+    UNLEDGERED: "Tallygate without its ledger",
     METERED: "**Tallygate, metered**",
     BYOK: "Tallygate, the customer's own provider key",
     LITELLM: "LiteLLM's proxy, answering by itself, no database",
@@ -76,7 +78,8 @@ def stage(*, events_per_s: int, stream_seconds: float) -> Generator[Stage]:
         url = postgres.url()
         upstream, upstream_pid = stack.enter_context(nginx.static_upstream(home))
         proxy, proxy_pid = stack.enter_context(nginx.reverse_proxy(home, upstream))
-        bare = stack.enter_context(_bare(home, upstream))
+        bare = stack.enter_context(_ours(BARE, home, upstream))
+        unledgered = stack.enter_context(_ours(UNLEDGERED, home, upstream))
         source = stack.enter_context(_source(home, events_per_s, stream_seconds))
         litellm = stack.enter_context(_litellm(home))
         # Three services, so that each one's processor time is its own.
@@ -90,6 +93,7 @@ def stage(*, events_per_s: int, stream_seconds: float) -> Generator[Stage]:
                 Contender(DIRECT, _local(upstream), upstream_pid, {}),
                 Contender(NGINX, _local(proxy), proxy_pid, {}),
                 bare,
+                unledgered,
                 Contender(METERED, metered.base_url, metered.pid, customer, uses_ledger=True),
                 Contender(BYOK, byok.base_url, byok.pid, own_key, uses_ledger=True),
                 litellm,
@@ -128,12 +132,14 @@ def _postgres() -> Generator[EmbeddedPostgres]:
 
 
 @contextmanager
-def _bare(home: Path, upstream: int) -> Generator[Contender]:
+def _ours(name: str, home: Path, upstream: int) -> Generator[Contender]:
+    """Run a part of our stack, `tests.bench.<name>`."""
     port = free_port()
-    command = [sys.executable, "-m", "tests.bench.bare", str(port), _local(upstream)]
+    command = [sys.executable, "-m", f"tests.bench.{name}", str(port), _local(upstream)]
     ready = f"{_local(port)}/health/liveliness"
-    with running(command, log=home / "bare.log", ready_url=ready) as pid:
-        yield Contender(BARE, _local(port), pid, {})
+    with running(command, log=home / f"{name}.log", ready_url=ready) as pid:
+        # Any key is good, as long as it looks like one.
+        yield Contender(name, _local(port), pid, _bearer("sk-" + "x" * 43))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tests.bench.contenders import BARE, DIRECT, LITELLM, METERED
+from tests.bench.contenders import BARE, DIRECT, LITELLM, METERED, UNLEDGERED
 from tests.bench.measure import Streams, WholeAnswers
 
 Figure = Callable[[WholeAnswers], float]
@@ -90,6 +90,10 @@ class Figures:
         told: list[Target] = []
         if 32 in self.connections():
             told += [
+                Target(
+                    "throughput, metered : the same stack without its ledger, 32 connections",
+                    0.55, self.ratio(METERED, UNLEDGERED, 32), "x", at_least=True,
+                ),
                 Target(
                     "throughput, metered : bare relay, 32 connections",
                     0.55, self.ratio(METERED, BARE, 32), "x", at_least=True,
