@@ -2,12 +2,8 @@
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
-import os
-import signal
-import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -25,12 +21,13 @@ from proxy.control import LiteLLMControl
 from proxy.db import CONNECTION_ERRORS, Session, make_pool
 from proxy.errors import ConfigurationError
 from proxy.ledger import Ledger
+from proxy.lifeline import die_with_supervisor
 from proxy.log import RequestLog, configure_logging
 from proxy.price_books import PriceBooks
 from proxy.principals import Principals
 from proxy.relay import Relay, RelayLimits
 from proxy.reports import Reports
-from proxy.settings import Settings, load_settings, supervisor_pid
+from proxy.settings import Settings, load_settings
 from proxy.settlement import Settler
 from proxy.spool import Spool
 from proxy.streaming import StreamLimits, StreamRelay
@@ -40,14 +37,13 @@ from proxy.upstream import Upstream
 log = logging.getLogger(__name__)
 
 _PRICE_BOOK_REFRESH_S = 2.0
-_PR_SET_PDEATHSIG = 1
 
 
 def create() -> ASGIApp:
     """Make the application from config.yaml and the environment; uvicorn's factory."""
     settings = load_settings()
     configure_logging(settings.log_level)
-    _die_with_parent()
+    die_with_supervisor()
     app = make_app(settings)
     # What exists now lives as long as the process: the collector need not walk it again. A request
     # makes some hundred objects and no cycles, so the youngest generation may grow large before a
@@ -209,15 +205,3 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def _secret(value: Any) -> str | None:  # noqa: ANN401 - SecretStr or None
     return None if value is None else value.get_secret_value()
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process if `tallygate up` or uvicorn's supervisor is killed.
-
-    A worker that outlived its supervisor would hold the port, and nobody would restart it.
-    """
-    if sys.platform != "linux" or supervisor_pid() != os.getppid():
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if supervisor_pid() != os.getppid():  # it died between the two
-        os._exit(1)

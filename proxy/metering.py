@@ -129,7 +129,7 @@ def _settlement(
         rounding_attos=None if charged is None else charged.rounding_attos,
         rule=None if charged is None else charged.rule,
         markup_ppm=terms.factor_ppm if is_markup and isinstance(terms, Markup) else None,
-        model_answered=reading.model_answered,
+        model_answered=_storable(reading.model_answered),
         cost_picos=cost.picos,
         cost_source=cost.source,
         review_reason=review_reason,
@@ -140,6 +140,11 @@ def _settlement(
         duration_ms=reading.duration_ms,
         **_tokens(reading.usage),
     )
+
+
+def _storable(name: str | None) -> str | None:
+    """A provider's text in a form that PostgreSQL takes, whatever it is."""
+    return None if name is None else name.replace("\x00", "")[:256]
 
 
 def _tokens(usage: Usage | None) -> dict[str, int]:

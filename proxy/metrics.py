@@ -5,8 +5,7 @@ No label holds an account or a key: their number is unbounded and they are nobod
 its own files in PROMETHEUS_MULTIPROC_DIR, and a scrape of any of them sums up all.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import Counter, Gauge, Histogram
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -66,15 +65,6 @@ CATALOG_AGE_SECONDS = Gauge(
     multiprocess_mode="livemax",
 )
 HOLDS_EXPIRED = Counter("tallygate_holds_expired", "Holds that the sweeper gave up on")
-
-
-def shared_registry() -> CollectorRegistry | None:
-    """A registry that sums up every worker's figures; None where they are not shared."""
-    if values.ValueClass is values.MutexValue:
-        return None
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)
-    return registry
 
 
 # What a scrape reads from PostgreSQL and the spool, the same in every process: nobody counts it.

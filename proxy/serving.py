@@ -5,7 +5,6 @@ where its values are kept: it decides at its import whether they are shared betw
 """
 
 import asyncio
-import ctypes
 import errno
 import os
 import shutil
@@ -23,14 +22,13 @@ from pricing.errors import PricingError
 from pricing.money import usd_text
 from proxy.db import CONNECTION_ERRORS, make_pool, require_schema
 from proxy.errors import ConfigurationError
+from proxy.lifeline import SUPERVISOR_VARIABLE, die_with_supervisor
 from proxy.price_books import PriceBooks
 
 POSTGRES_TIMEOUT_S = 30.0
 # A killed predecessor lets go of the port when the kernel has ended its last worker.
 PORT_TIMEOUT_S = 10.0
 _POLL_S = 0.2
-_PR_SET_PDEATHSIG = 1
-SUPERVISOR_VARIABLE = "TALLYGATE_SUPERVISOR_PID"
 
 
 def serve(
@@ -84,18 +82,6 @@ def serve(
 
 def _leave(_signal: int, _frame: object) -> None:
     sys.exit(0)
-
-
-def die_with_supervisor() -> None:
-    """If `tallygate up` started us, have the kernel end us with it: we would keep the port."""
-    supervisor = os.environ.get(SUPERVISOR_VARIABLE)  # noqa: TID251 - no setting of an operator
-    if supervisor is None:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have died before the call.
-    if supervisor != str(os.getppid()):
-        sys.exit("the process that started this one is gone")
 
 
 def wait_for_schema(url: str, *, timeout_s: float) -> None:

@@ -156,12 +156,6 @@ class Settings(BaseSettings):
         return int(nanos)
 
 
-def supervisor_pid() -> int | None:
-    """The process that this worker must not outlive, as `tallygate serve` told it; None if none."""
-    text = os.environ.get("TALLYGATE_SUPERVISOR_PID", "")
-    return int(text) if text.isdigit() else None
-
-
 def default_config_path() -> Path | None:
     """`config.yaml` of the working directory, else the one that came with the package."""
     here = Path(__file__).parent

@@ -34,8 +34,9 @@ from proxy.embedded.postgres import EmbeddedPostgres
 from proxy.errors import ConfigurationError
 from proxy.ids import uuid7
 from proxy.ledger import Ledger
+from proxy.lifeline import SUPERVISOR_VARIABLE
 from proxy.log import JsonFormatter
-from proxy.serving import POSTGRES_TIMEOUT_S, SUPERVISOR_VARIABLE, wait_for_port
+from proxy.serving import POSTGRES_TIMEOUT_S, wait_for_port
 
 # The service that a killed predecessor left dies with it, within this time.
 PORT_TIMEOUT_S = 3.0

@@ -200,12 +200,13 @@ def _read_error(body: bytes) -> tuple[str | None, str | None, str | None]:
         return None, None, None
     return (
         public_message(message) if isinstance(message, str) else None,
-        # LiteLLM repeats the status as a code; that is no code.
-        code if isinstance(code, str) and not code.isdigit() else None,
-        param if isinstance(param, str) else None,
+        # LiteLLM repeats the status as a code; that is no code. What is one is kept in the ledger.
+        code if isinstance(code, str) and _CODE.fullmatch(code) else None,
+        param[:200] if isinstance(param, str) else None,
     )
 
 
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _WRAPPING = re.compile(r"^(?:litellm\.\w+:\s*|\w+Exception\s*-\s*|\w+Error:\s*)+")
 _ROUTING = re.compile(
     r"[.\s]*(?:Received Model Group=|Available Model Group Fallbacks=).*", re.DOTALL

@@ -8,10 +8,11 @@ import hmac
 import ipaddress
 import os
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
@@ -135,11 +136,21 @@ def _is_local(request: Request) -> bool:
 def _counted() -> bytes:
     """Render what the processes counted: all workers' where they share a directory."""
     # The client library decides by the same variable where a process keeps its values.
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # noqa: TID251 - no setting of ours
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # noqa: TID251 - no setting of ours
+    if directory is None:
         return generate_latest(REGISTRY)
+    _forget_the_dead(Path(directory))
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return generate_latest(registry)
+
+
+def _forget_the_dead(directory: Path) -> None:
+    """Drop what killed workers said of the present, such as the requests that they had."""
+    for path in directory.glob("gauge_live*_*.db"):
+        pid = path.stem.rpartition("_")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            mark_process_dead(int(pid), str(directory))
 
 
 class _Scraped(Collector):

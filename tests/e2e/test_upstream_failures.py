@@ -174,6 +174,19 @@ def test_answer_without_a_reported_cost_is_rated_from_its_usage(
     assert (row["status"], row["cost_source"], row["cost_picos"]) == ("billed", "rated", 60_000_000)
 
 
+def test_providers_strange_texts_do_not_stop_a_settlement(
+    patron: Guest, provider: FakeProvider
+) -> None:
+    provider.reply("priced", Reply(model="nul\x00and" + "x" * 5000))
+    assert patron.chat().status_code == 200
+    row = patron.usage()
+    assert (row["status"], row["model_answered"][:6], len(row["model_answered"])) == (
+        "billed",
+        "nuland",
+        256,
+    )
+
+
 def test_answer_without_usage_or_cost_waits_for_review(
     patron: Guest, provider: FakeProvider
 ) -> None:

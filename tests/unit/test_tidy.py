@@ -58,9 +58,12 @@ def test_setting_is_documented(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        metric._name  # noqa: SLF001
-        for metric in vars(metrics).values()
-        if hasattr(metric, "_documentation")
+        *metrics.SCRAPED_GAUGES,
+        *(
+            metric._name  # noqa: SLF001
+            for metric in vars(metrics).values()
+            if hasattr(metric, "_documentation")
+        ),
     ],
 )
 def test_metric_is_documented(name: str) -> None:

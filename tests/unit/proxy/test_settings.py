@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import ConfigurationError
-from proxy.settings import load_settings, supervisor_pid
+from proxy.settings import load_settings
 
 
 @pytest.fixture
@@ -73,10 +73,3 @@ def test_credit_of_a_broken_nano_is_refused(config: Path, text: str) -> None:
     config.write_text(f'credit_usd: "{text}"')
     with pytest.raises(ConfigurationError, match="credit_usd"):
         _ = load_settings().nanos_per_credit
-
-
-def test_supervisor_is_known_only_if_one_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TALLYGATE_SUPERVISOR_PID", raising=False)
-    assert supervisor_pid() is None
-    monkeypatch.setenv("TALLYGATE_SUPERVISOR_PID", "12")
-    assert supervisor_pid() == 12
