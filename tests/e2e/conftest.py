@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -24,6 +24,7 @@ class House:
 
     service: Service
     database_url: str
+    clients: list[openai.OpenAI] = field(default_factory=list[openai.OpenAI])
 
     def customer(self, **options: Any) -> "Guest":
         """Make an account with a key."""
@@ -66,9 +67,11 @@ class Guest:
     def sdk(self, **options: Any) -> openai.OpenAI:
         """The official SDK pointed at the service; no retries, so that a test sees each answer."""
         options.setdefault("max_retries", 0)
-        return openai.OpenAI(
+        client = openai.OpenAI(
             base_url=f"{self.house.service.base_url}/v1", api_key=self.customer.key, **options
         )
+        self.house.clients.append(client)
+        return client
 
     def usage(self, *, count: int = 1) -> dict[str, Any]:
         """Return the newest usage row as the database has it; there must be `count` in all."""
@@ -150,6 +153,8 @@ def make_house(
 
     yield make
     for house in made:
+        for client in house.clients:
+            client.close()
         house.service.stop()
         postgres.drop(house.database_url)
 
