@@ -285,7 +285,10 @@ RETURN (
 
 -- Make the partitions of the month of p_from and p_months more; says how many it made.
 CREATE FUNCTION ensure_partitions(p_from timestamptz, p_months integer) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp SET timezone = 'UTC'
+-- It needs its table alone for a moment, and whoever waits for that holds up everybody behind. It
+-- is called months ahead of need: behind a long report or a dump it gives up and comes again.
+SET lock_timeout = '500ms' AS $$
 DECLARE
     v_made integer := 0;
     v_month timestamptz;
@@ -552,11 +555,19 @@ END $$;
 -- Give live requests more time. Harmless for a hold that has ended.
 CREATE FUNCTION extend_holds(p_account_ids uuid[], p_request_ids uuid[], p_ttl_s integer)
 RETURNS integer LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
-    WITH extended AS (
+    WITH live AS (
+        SELECT h.account_id, h.request_id
+        FROM unnest(p_account_ids, p_request_ids) AS r(account_id, request_id)
+        INNER JOIN open_holds AS h
+            ON r.account_id = h.account_id AND r.request_id = h.request_id
+        -- One that is locked is being settled in this moment, and needs no more time.
+        FOR UPDATE OF h SKIP LOCKED
+    ),
+    extended AS (
         UPDATE open_holds AS h
         SET expires_at = clock_timestamp() + make_interval(secs => p_ttl_s)
-        FROM unnest(p_account_ids, p_request_ids) AS r(account_id, request_id)
-        WHERE h.account_id = r.account_id AND h.request_id = r.request_id
+        FROM live AS l
+        WHERE h.account_id = l.account_id AND h.request_id = l.request_id
         RETURNING 1
     )
     SELECT count(*)::integer FROM extended;
@@ -787,6 +798,15 @@ BEGIN
                 v_item.price, -v_item.price, 0, v_balance.posted - v_item.price,
                 v_balance.reserved, NULL, NULL, clock_timestamp()
             );
+            UPDATE key_counters AS c SET
+                period = period_start(k.budget_period, clock_timestamp()),
+                spent = v_item.price + CASE
+                    WHEN c.period = period_start(k.budget_period, clock_timestamp())
+                    THEN c.spent ELSE 0
+                END
+            FROM virtual_keys AS k
+            WHERE c.account_id = v_item.account_id AND c.key_id = v_usage.key_id
+                AND k.account_id = c.account_id AND k.key_id = c.key_id AND k.is_limited;
             v_available := v_balance.posted - v_item.price - v_balance.reserved
             + v_balance.credit_limit;
             overdraft := least(greatest(0, -v_available), v_item.price);

@@ -25,6 +25,7 @@ from proxy.accounts import Principal
 from proxy.byok import choose_provider_key
 from proxy.catalog import Catalog, Model
 from proxy.control import CONTROL_ERRORS, LiteLLMControl
+from proxy.db import unavailable
 from proxy.errors import (
     InsufficientCreditsError,
     MeteringUnavailableError,
@@ -61,7 +62,7 @@ class Admitted:
     published: PublishedBook
     hold_nanos: int
     provider_key: str | None
-    # The limit to send where the client set none and the balance does not afford the model's own.
+    # The limit to send in place of the client's: what the balance affords, or the model can say.
     clamped_output: int | None
     prompt_bytes: int
     headers: dict[str, str] = field(default_factory=dict[str, str])
@@ -321,6 +322,8 @@ class Admission:
             )
             error.headers = rate_limit_headers(authorization)
             return error
+        if outcome == "stale":  # the account changes faster than we can read it
+            return unavailable()
         return refusal(outcome)
 
 
@@ -415,7 +418,10 @@ def _admitted(
         published=plan.published,
         hold_nanos=plan.price_nanos,
         provider_key=plan.provider_key,
-        clamped_output=plan.output_limit if plan.is_clamped else None,
+        # A limit beyond what the model can say is not covered by the hold: it is sent as reckoned.
+        clamped_output=plan.output_limit
+        if plan.is_clamped or (request.output_limit or 0) > plan.output_limit
+        else None,
         prompt_bytes=request.prompt_bytes,
         headers=rate_limit_headers(authorization),
     )

@@ -37,6 +37,12 @@ _CONNECT_OPTIONS: dict[str, Any] = {
 CONNECTION_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError)
 
 
+def is_bad_data(error: psycopg.Error) -> bool:
+    """Whether the statement's own data is at fault, so that no server would take it."""
+    # SQLSTATE classes 22, data exception, and 23, integrity constraint violation.
+    return (error.sqlstate or "")[:2] in {"22", "23"}
+
+
 async def _configure(connection: AsyncConnection[TupleRow]) -> None:
     await connection.execute("SET search_path = tallygate, pg_temp")
     await connection.execute("SET idle_in_transaction_session_timeout = '30s'")
@@ -81,6 +87,7 @@ class Session:
         self._url = url
         self._timeout_s = timeout_s
         self._connection: AsyncConnection[TupleRow] | None = None
+        self._lock = asyncio.Lock()
         self._socket: int | None = None
         self._ready: asyncio.Future[None] | None = None
         # Whether the last failed statement may have been carried out all the same.
@@ -91,19 +98,28 @@ class Session:
     ) -> list[tuple[bytes | None, ...]]:
         """Run one statement in a transaction of its own; values are in text format both ways.
 
-        Raises one of CONNECTION_ERRORS where the server is away or silent for `timeout_s`, and
-        another psycopg.Error where it refuses.
+        Raises one of CONNECTION_ERRORS where the server is away, silent for `timeout_s` or in no
+        state to serve, and another psycopg.Error where the data is at fault.
         """
-        self.is_in_doubt = False
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                connection = self._connection or await self._connect()
-                self.is_in_doubt = True
-                return await self._run(connection.pgconn, query, parameters)
-        except (*CONNECTION_ERRORS, asyncio.CancelledError):
-            # The state of the connection is unknown: a late answer must not be read as the next.
-            await self.close()
-            raise
+        async with self._lock:
+            self.is_in_doubt = False
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    connection = self._connection or await self._connect()
+                    self.is_in_doubt = True
+                    return await self._run(connection.pgconn, query, parameters)
+            except (*CONNECTION_ERRORS, asyncio.CancelledError):
+                # The state of the connection is unknown: a late answer must not be read as the
+                # next one's.
+                await self.close()
+                raise
+            except psycopg.Error as error:
+                if is_bad_data(error):
+                    raise
+                # Read-only after a failover, damaged, in the middle of a migration: this server
+                # can't serve us, and the next connection may find one that can.
+                await self.close()
+                raise psycopg.OperationalError(str(error)) from error
 
     async def _run(
         self, pgconn: PGconn, query: LiteralString, parameters: Sequence[str]
@@ -111,11 +127,17 @@ class Session:
         loop = asyncio.get_running_loop()
         pgconn.send_query_params(query.encode(), [value.encode() for value in parameters])
         while pgconn.flush():  # the socket's buffer is full
-            await _writable(loop, pgconn.socket)
-        self._ready = loop.create_future()
-        await self._ready
+            await self._writable(loop)
         results: list[PGresult] = []
-        while (result := pgconn.get_result()) is not None:
+        while True:
+            # Between the rows and the end of the transaction lies its commit: get_result would
+            # wait for that with the whole process.
+            while pgconn.is_busy():
+                self._ready = loop.create_future()
+                await self._ready
+            result = pgconn.get_result()
+            if result is None:
+                break
             results.append(result)
         if pgconn.status != ConnStatus.OK:  # it broke while the answer was on its way
             raise psycopg.OperationalError(pgconn.get_error_message())
@@ -126,6 +148,18 @@ class Session:
             tuple([result.get_value(row, column) for column in range(result.nfields)])
             for row in range(result.ntuples)
         ]
+
+    async def _writable(self, loop: asyncio.AbstractEventLoop) -> None:
+        ready = self._ready = loop.create_future()
+        socket = self._socket
+        if socket is None:
+            raise psycopg.OperationalError("the connection is lost")
+        loop.add_writer(socket, lambda: None if ready.done() else ready.set_result(None))
+        try:
+            await ready
+        finally:
+            if self._socket is not None:  # else libpq has closed it, and its number may be reused
+                loop.remove_writer(socket)
 
     def _on_readable(self, pgconn: PGconn) -> None:
         waiting = self._ready
@@ -145,6 +179,11 @@ class Session:
         connection = await AsyncConnection.connect(self._url, **_CONNECT_OPTIONS)
         try:
             await _configure(connection)
+            # A statement that we gave up must not go on waiting for a lock and then be carried
+            # out, nor keep its backend.
+            milliseconds = int(self._timeout_s * 900)
+            await connection.execute(sql.SQL("SET statement_timeout = {}").format(milliseconds))
+            await connection.execute("SET client_connection_check_interval = '2s'")
         except BaseException:
             await connection.close()
             raise
@@ -167,15 +206,6 @@ class Session:
         socket, self._socket = self._socket, None
         if socket is not None:
             asyncio.get_running_loop().remove_reader(socket)
-
-
-async def _writable(loop: asyncio.AbstractEventLoop, socket: int) -> None:
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(socket, ready.set_result, None)
-    try:
-        await ready
-    finally:
-        loop.remove_writer(socket)
 
 
 def unavailable(*, is_in_doubt: bool = False) -> MeteringUnavailableError:

@@ -130,6 +130,8 @@ class Ledger:
         self._authorize_sessions = [Session(url, timeout_s=timeout_s) for _ in range(lanes)]
         self._settle_sessions = [Session(url, timeout_s=timeout_s) for _ in range(lanes)]
         self._heartbeat = Session(url, timeout_s=timeout_s)
+        # Its own, because a sweep must not make a heartbeat late.
+        self._sweep = Session(url, timeout_s=6 * timeout_s)
         self._authorizations = Batcher[HoldRequest, Authorization](
             "authorize", [_AuthorizeLane(session) for session in self._authorize_sessions]
         )
@@ -160,14 +162,12 @@ class Ledger:
 
     async def expire_holds(self, *, limit: int, grace_s: int) -> int:
         """Expire holds that are overdue by `grace_s`; returns how many."""
-        rows = await self._heartbeat.fetch(
-            "SELECT expire_holds($1, $2)", (str(limit), str(grace_s))
-        )
+        rows = await self._sweep.fetch("SELECT expire_holds($1, $2)", (str(limit), str(grace_s)))
         return int(rows[0][0] or 0)
 
     async def ensure_partitions(self) -> None:
         """Have the partitions of this month and the next three."""
-        await self._heartbeat.fetch("SELECT ensure_partitions(now(), 3)", ())
+        await self._sweep.fetch("SELECT ensure_partitions(now(), 3)", ())
 
     async def fund(
         self,
@@ -208,7 +208,8 @@ class Ledger:
     async def close(self) -> None:
         """Let what is queued finish, then close the connections."""
         await self._authorizations.drain()
-        for session in (*self._authorize_sessions, *self._settle_sessions, self._heartbeat):
+        batched = (*self._authorize_sessions, *self._settle_sessions)
+        for session in (*batched, self._heartbeat, self._sweep):
             await session.close()
 
 

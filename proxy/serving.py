@@ -5,6 +5,7 @@ where its values are kept: it decides at its import whether they are shared betw
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -159,6 +160,9 @@ async def _prepare(url: str, nanos_per_credit: int, price_book: Mapping[str, obj
         await books.publish(price_book, nanos_per_credit=nanos_per_credit, actor="config")
         ledger = Ledger(url, pool)
         try:
-            await ledger.ensure_partitions()
+            # They are made months ahead: behind a dump that holds the tables, the service comes
+            # back for them later.
+            with contextlib.suppress(*CONNECTION_ERRORS):
+                await ledger.ensure_partitions()
         finally:
             await ledger.close()

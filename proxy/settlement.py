@@ -68,7 +68,11 @@ class Settler:
         Raises MeteringUnavailableError if neither PostgreSQL nor the disk takes it: the answer
         must not be completed then, and the hold is left to the sweeper.
         """
-        return await self._batcher.submit(_Item(settlement, msgspec.json.encode(settlement)))
+        return await self.submit(settlement)
+
+    def submit(self, settlement: Settlement) -> asyncio.Future[Settled]:
+        """Begin to settle; for those who can't wait, such as a request that is being cancelled."""
+        return self._batcher.submit(_Item(settlement, msgspec.json.encode(settlement)))
 
     def _lane(self, session: Session):  # noqa: ANN202 - a closure over one connection
         async def flush(batch: Sequence[_Item]) -> Sequence[Settled]:
@@ -101,21 +105,36 @@ class Settler:
         """Send a batch, once more after a lost connection; set aside what the database refuses."""
         payloads = [item.payload for item in batch]
         try:
-            results = await settle_batch(session, payloads)
+            try:
+                results = await settle_batch(session, payloads)
+            except CONNECTION_ERRORS:
+                results = await settle_batch(session, payloads)
         except CONNECTION_ERRORS:
-            results = await settle_batch(session, payloads)
+            raise
         except psycopg.Error as error:
             if len(batch) > 1:
                 return [done for item in batch for done in await self._post(session, [item])]
-            await asyncio.to_thread(self._spool.set_aside, payloads[0])
-            SETTLEMENTS_REJECTED.inc()
-            log.critical(
-                "settlement rejected",
-                extra={"request_id": batch[0].settlement.request_id, "error": str(error)},
-            )
+            await self._set_aside(batch[0], str(error))
             return [Settled("rejected", 0)]
+        for item, settled in zip(batch, results, strict=True):
+            if settled.outcome == "unknown" and item.settlement.action == "capture":
+                # The ledger was restored to before the hold: the charge must not be forgotten.
+                await self._set_aside(item, "the ledger knows no such hold")
         self._observe(batch, results)
         return results
+
+    async def _set_aside(self, item: _Item, reason: str) -> None:
+        """Keep a settlement that the ledger does not take for a human."""
+        try:
+            await asyncio.to_thread(self._spool.set_aside, item.payload)
+        except OSError as error:
+            # Neither here nor there: as long as it is nowhere, its answer is not complete.
+            raise psycopg.OperationalError(str(error)) from error
+        SETTLEMENTS_REJECTED.inc()
+        log.critical(
+            "settlement rejected",
+            extra={"request_id": item.settlement.request_id, "error": reason},
+        )
 
     def _observe(self, batch: Sequence[_Item], results: Sequence[Settled]) -> None:
         """Count a batch: sums first, because each touch of a shared metric costs microseconds."""
@@ -123,10 +142,6 @@ class Settler:
         outcomes = Counter(settled.outcome for settled in results)
         for item, settled in zip(batch, results, strict=True):
             settlement = item.settlement
-            if settled.outcome == "unknown" and settlement.action == "capture":
-                log.critical(
-                    "captured an unknown hold", extra={"request_id": settlement.request_id}
-                )
             if settled.outcome not in _DONE_NOW:
                 continue  # repeated: counted when it was done
             overdraft_nanos += settled.overdraft_nanos

@@ -66,16 +66,26 @@ class Spool:
                 raise
 
     def _open(self) -> int:
-        if self._file is None:
+        while self._file is None:
             path = self._directory / f"{uuid7()}.spool"
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_WRONLY, 0o600)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The name must survive a crash as well as the bytes.
-            directory = os.open(self._directory, os.O_RDONLY)
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_RDWR, 0o600)
             try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The name must survive a crash as well as the bytes.
+                directory = os.open(self._directory, os.O_RDONLY)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
+            except BlockingIOError:
+                os.close(file)  # another process took it for abandoned before we had locked it
+                continue
+            except OSError:
+                os.close(file)
+                raise
+            if os.fstat(file).st_nlink == 0:
+                os.close(file)  # that process has replayed and removed it already
+                continue
             self._file, self._path = file, path
         return self._file
 
@@ -152,10 +162,11 @@ class SpoolFile:
 
     def payloads(self) -> list[bytes]:
         """Read the settlements in the order in which they were spooled."""
-        payloads, corrupt = decode_lines(self.path.read_bytes())
+        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        payloads, corrupt = decode_lines(data)
         if corrupt:
             # The disk lied: keep the file for a human, and replay what is intact.
-            self.path.with_suffix(".corrupt").write_bytes(self.path.read_bytes())
+            self.path.with_suffix(".corrupt").write_bytes(data)
             log.error("spool file is corrupt", extra={"file": self.path.name, "lines": corrupt})
         return payloads
 

@@ -31,6 +31,10 @@ _KEEPALIVE_S = 4.0
 _MAX_ERROR_BYTES = 64 * 1024
 
 
+# What no error body of JSON is: bytes that are none, no UTF-8, or nested beyond the stack.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 class UpstreamAnswer:
     """LiteLLM's answer from its headers on; `close` it in any case."""
 
@@ -174,7 +178,7 @@ def explain_stream_error(payload: bytes) -> TallygateError:
     """Turn an error that came as an event of a stream into ours, by the status it names."""
     try:
         status = int(msgspec.json.decode(payload)["error"]["code"])
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+    except (*UNREADABLE, KeyError, TypeError, ValueError):
         status = 500
     explained = explain_failure(status, {}, payload, is_byok=False)
     if isinstance(explained, InvalidRequestError):
@@ -196,7 +200,7 @@ def _read_error(body: bytes) -> tuple[str | None, str | None, str | None]:
     try:
         error = msgspec.json.decode(body)["error"]
         message, code, param = error.get("message"), error.get("code"), error.get("param")
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+    except (*UNREADABLE, KeyError, TypeError, AttributeError):
         return None, None, None
     return (
         public_message(message) if isinstance(message, str) else None,

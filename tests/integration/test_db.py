@@ -1,5 +1,6 @@
 """The schema's way into a database, and from one version to the next."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,7 +97,7 @@ async def test_session_sends_more_than_the_socket_takes_at_once(database_url: st
 @pytest.mark.anyio
 async def test_session_gives_up_on_a_silent_server_and_starts_anew(database_url: str) -> None:
     session = Session(database_url, timeout_s=0.3)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(db.CONNECTION_ERRORS):
         await session.fetch("SELECT pg_sleep($1::float8)", ("5",))
     assert session.is_in_doubt
     assert await session.fetch("SELECT $1::text", ("again",)) == [(b"again",)]
@@ -114,3 +115,35 @@ async def test_connections_work_as_the_unprivileged_role(database_url: str) -> N
         cursor = await connection.execute("SELECT current_user")
         assert await cursor.fetchone() == ("tallygate_app",)
     await pool.close()
+
+
+@pytest.mark.anyio
+async def test_statement_that_was_given_up_is_not_carried_out_later(database_url: str) -> None:
+    run(database_url, "CREATE TABLE public.t (n integer); GRANT ALL ON public.t TO tallygate_app")
+    session = Session(database_url, timeout_s=0.5)
+    with psycopg.connect(database_url) as blocker:
+        blocker.execute("LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(db.CONNECTION_ERRORS):
+            await session.fetch("INSERT INTO public.t VALUES (1) RETURNING n", ())
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT count(*) FROM public.t").fetchone() == (0,)
+    await session.close()
+
+
+@pytest.mark.anyio
+async def test_session_serves_several_callers_one_after_the_other(database_url: str) -> None:
+    session = Session(database_url, timeout_s=5)
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(session.fetch("SELECT $1::integer, pg_sleep(0.01)", (str(n),)))
+            for n in range(10)
+        ]
+    assert [int(task.result()[0][0] or -1) for task in tasks] == list(range(10))
+    await session.close()
+
+
+def test_partitions_wait_behind_nobody(database_url: str) -> None:
+    with psycopg.connect(database_url) as reader, psycopg.connect(database_url) as service:
+        reader.execute("SELECT count(*) FROM tallygate.entries")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            service.execute("SELECT tallygate.ensure_partitions(now(), 12)")

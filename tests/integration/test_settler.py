@@ -10,6 +10,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from prometheus_client import REGISTRY
+from psycopg.conninfo import conninfo_to_dict
 
 from proxy import settlement as settlement_module
 from proxy.db import CONNECTION_ERRORS, Session
@@ -211,13 +212,59 @@ async def test_commit_whose_answer_was_lost_is_not_charged_again(
     await session.close()
 
 
-async def test_capture_of_a_hold_that_never_was_is_shouted_about(
-    account: NewAccount, make_settler: MakeSettler, caplog: pytest.LogCaptureFixture
+async def test_capture_of_a_hold_that_never_was_is_kept_for_a_human(
+    account: NewAccount,
+    make_settler: MakeSettler,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     money: Money = account(funds=1000)
-    settled = await make_settler().settle(captured(money.request(400)))
-    assert settled.outcome == "unknown"
-    assert "captured an unknown hold" in caplog.text
+    spool = Spool(tmp_path)
+    settled = await make_settler(spool=spool).settle(captured(money.request(400)))
+    assert (settled.outcome, spool.rejected()) == ("unknown", 1)
+    assert "knows no such hold" in str(caplog.records[-1].__dict__)
+
+
+async def test_settlement_that_can_not_even_be_set_aside_is_not_called_done(
+    account: NewAccount,
+    make_settler: MakeSettler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FullDisk(Spool):
+        def append(self, payloads: object) -> None:
+            del payloads
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+        def set_aside(self, payload: bytes) -> None:
+            self.append([payload])
+
+    monkeypatch.setattr(settlement_module, "_LAST_RESORT_S", 0.0)
+    money: Money = account(funds=1000)
+    with pytest.raises(MeteringUnavailableError):
+        await make_settler(spool=FullDisk(tmp_path)).settle(captured(money.hold(400), -5))
+
+
+async def test_read_only_server_sends_settlements_to_the_spool(
+    account: NewAccount, make_settler: MakeSettler, database_url: str, tmp_path: Path
+) -> None:
+    money: Money = account(funds=1000)
+    request = money.hold(400)
+    name = conninfo_to_dict(database_url)["dbname"]
+    money.connection.execute(
+        f"ALTER DATABASE {name} SET default_transaction_read_only = on".encode()
+    )
+    spool = Spool(tmp_path)
+    settler = make_settler(spool=spool)
+    assert (await settler.settle(captured(request))).outcome == "spooled"
+    assert spool.rejected() == 0
+    money.connection.execute("SET transaction_read_only = off")
+    money.connection.execute("SET default_transaction_read_only = off")
+    money.connection.execute(
+        f"ALTER DATABASE {name} SET default_transaction_read_only = off".encode()
+    )
+    assert await settler.replay() == 1
+    assert money.balance() == (850, 0, 0)
 
 
 async def test_charge_beyond_everything_is_reported_as_overdraft(

@@ -54,7 +54,18 @@ def test_code_and_parameter_of_a_refusal_are_kept() -> None:
     assert (error.code, error.param) == ("context_length_exceeded", "messages")
 
 
-@pytest.mark.parametrize("raw", [b"", b"<html>", b"[]", b'{"error": "text"}', b'{"error": null}'])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b'{"error": "text"}',
+        b'{"error": null}',
+        b'{"error": {"message": "\xff"}}',
+        b'{"error":' * 100_000,
+    ],
+)
 def test_body_that_is_no_error_is_replaced(raw: bytes) -> None:
     error = explain_failure(400, {}, raw, is_byok=False)
     assert error.message == "The provider refused the request."
@@ -75,4 +86,5 @@ def test_error_event_is_translated_by_the_status_that_it_names() -> None:
     assert isinstance(limited, UpstreamError)
     assert limited.code == "upstream_rate_limited"
     assert "Nothing was charged" not in limited.message
-    assert explain_stream_error(b"garbage").code == "upstream_error"
+    for garbage in (b"garbage", b'{"error": {"code": "\xff"}}', b'{"error":' * 100_000):
+        assert explain_stream_error(garbage).code == "upstream_error"
