@@ -143,6 +143,7 @@ def make_app(settings: Settings) -> ASGIApp:
         ops_token=_secret(settings.ops_token),
         default_tier=settings.default_tier,
         nanos_per_credit=settings.nanos_per_credit,
+        client_stall_timeout_s=settings.client_stall_timeout_s,
     )
 
     @contextlib.asynccontextmanager

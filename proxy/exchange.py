@@ -28,7 +28,11 @@ _REFUSED_BODY_BYTES = 32 * 1024 * 1024
 class Exchange:
     """Reads the request once, answers it once."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, stall_timeout_s: float = 60.0
+    ) -> None:
+        self._stall_timeout_s = stall_timeout_s
+        self._on_gone: Callable[[], None] | None = None
         self._receive = receive
         self._send = send
         self.request_id: UUID = uuid7()
@@ -121,6 +125,7 @@ class Exchange:
         """Begin a streamed answer; `on_gone` is called if the client hangs up before its end."""
         self.status = 200
         self.is_streaming = True
+        self._on_gone = on_gone
         await self._send(
             {
                 "type": "http.response.start",
@@ -128,26 +133,46 @@ class Exchange:
                 "headers": [*headers, (b"x-request-id", str(self.request_id).encode())],
             }
         )
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(on_gone))
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
-    async def _watch(self, on_gone: Callable[[], None]) -> None:
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._leave()
+
+    def _leave(self) -> None:
         self.is_gone = True
-        on_gone()
+        if self._on_gone is not None:
+            self._on_gone()
 
     async def write(self, chunk: bytes) -> None:
-        """Send a part; waits while the client does not take it, nothing once it is gone."""
-        if not self.is_gone:
-            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        """Send a part; waits while the client does not take it, nothing once it is gone.
+
+        A client that takes nothing for the stall timeout counts as gone: it would hold its money,
+        a connection to the provider and this process's memory for as long as it likes.
+        """
+        if self.is_gone:
+            return
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except TimeoutError:
+            self._leave()
 
     async def finish(self, tail: bytes) -> None:
         """Send the last part of a streamed answer and end it."""
         self.stop_watching()
-        await self._send({"type": "http.response.body", "body": tail})
+        if self.is_gone:
+            return
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._send({"type": "http.response.body", "body": tail})
+        except TimeoutError:
+            self.is_gone = True
 
     def stop_watching(self) -> None:
-        """End the watch for the client's hanging up."""
+        """End the watch for the client's hanging up: from now on it makes no difference."""
+        self._on_gone = None
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None

@@ -4,6 +4,7 @@ Whatever happens after the hold is placed, the request is settled exactly once b
 of its answer leave; if this process dies first, the hold is left to the sweeper.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from proxy.admission import Admission, Admitted
 from proxy.call import Call
 from proxy.errors import TallygateError, UpstreamError, UpstreamProtocolError
 from proxy.exchange import Exchange
+from proxy.ledger import Settlement
 from proxy.log import RequestLog
 from proxy.principals import Principals
 from proxy.settlement import Settler
@@ -120,10 +122,30 @@ class Relay:
                 answer.close()
         except TallygateError as error:
             if reading.duration_ms is None:  # not settled yet
-                reading.error_code = error.code
-                reading.duration_ms = call.milliseconds()
-                await self._settler.settle(metering.void(admitted, reading))
+                await self._settler.submit(self._unfinished(call, error.code))
             raise
+        except asyncio.CancelledError:
+            if reading.duration_ms is None:
+                # Nothing can be waited for any more; what is submitted is drained at the end.
+                self._settler.submit(self._unfinished(call, "shutdown"))
+            raise
+        except Exception:
+            # A defect of ours. The hold must not wait for the sweeper because of it.
+            if reading.duration_ms is None:
+                await self._settler.submit(self._unfinished(call, "internal_error"))
+            raise
+
+    def _unfinished(self, call: Call, code: str) -> Settlement:
+        """Settle a request that failed: for review if a part was delivered, else as void."""
+        reading = call.reading
+        reading.error_code = code
+        reading.duration_ms = call.milliseconds()
+        if not call.exchange.is_streaming:
+            return metering.void(call.admitted, reading)
+        reading.incomplete = "stream_cut"
+        return metering.settle(
+            call.admitted, reading, charge_incomplete=self._limits.charge_cut_streams
+        )
 
     async def _whole(self, call: Call, answer: UpstreamAnswer) -> None:
         admitted, reading = call.admitted, call.reading

@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     default_tier: str = "default"
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
     shutdown_timeout_s: int = Field(default=120, ge=1)
+    # A client that takes nothing of its stream for so long counts as gone.
+    client_stall_timeout_s: float = Field(default=60.0, gt=0)
     # A stream that the provider cut: void and review (False), or charge what was delivered.
     charge_cut_streams: bool = False
 

@@ -53,10 +53,16 @@ class StreamRelay:
         """
         exchange = call.exchange
         meter = ChatStreamMeter(call.request.include_usage, self._limits.max_event_bytes)
-        failure = await self._pass_on(call, answer, meter)
+        try:
+            failure = await self._pass_on(call, answer, meter)
+        except asyncio.CancelledError:
+            # The shutdown's patience is over. What was delivered must not be forgotten.
+            call.reading.usage, call.reading.delivered_bytes = None, meter.output_bytes
+            raise
+        exchange.stop_watching()
         meter.end()
         failure = failure or _reported_failure(meter)
-        if failure is not None and not exchange.is_streaming and meter.usage is None:
+        if failure is not None and not exchange.is_streaming and not meter.has_final_usage:
             raise failure
         settlement = self._settlement(call, meter, failure)
         await self._settler.settle(settlement)
@@ -101,16 +107,19 @@ class StreamRelay:
         self, call: Call, meter: ChatStreamMeter, failure: TallygateError | None
     ) -> Settlement:
         reading = call.reading
-        reading.cost_text = meter.cost_text
         reading.cost_source = "stream"
-        reading.usage = meter.usage
+        is_complete = failure is None or meter.has_final_usage
+        # A usage that more events should have followed counts a part of what was generated.
+        reading.usage = meter.usage if is_complete else None
+        reading.cost_text = meter.cost_text if is_complete else None
         reading.model_answered = meter.model
         reading.client_gone = call.exchange.is_gone
         reading.delivered_bytes = meter.output_bytes
         reading.duration_ms = call.milliseconds()
         if failure is not None:
             reading.error_code = failure.code
-            reading.incomplete = "client_gone" if failure.code in _DRAINED else "stream_cut"
+            if not is_complete:
+                reading.incomplete = "client_gone" if failure.code in _DRAINED else "stream_cut"
             UPSTREAM_ERRORS.labels(failure.code).inc()
         return metering.settle(
             call.admitted, reading, charge_incomplete=self._limits.charge_cut_streams
@@ -135,7 +144,7 @@ def _reported_failure(meter: ChatStreamMeter) -> TallygateError | None:
     """An error that came as an event of the stream, or the lack of its end."""
     if meter.error is not None:
         return explain_stream_error(meter.error)
-    if not meter.saw_done and meter.usage is None:
+    if not meter.saw_done and not meter.has_final_usage:
         msg = "The provider's answer ended before it was complete."
         return UpstreamError(msg, code="stream_cut")
     return None
@@ -143,7 +152,7 @@ def _reported_failure(meter: ChatStreamMeter) -> TallygateError | None:
 
 def _tail(meter: ChatStreamMeter, settlement: Settlement, failure: TallygateError | None) -> bytes:
     """The last bytes for the client: the usage with its price, or the error that ended it."""
-    if failure is not None and meter.usage is None:
+    if failure is not None and not meter.has_final_usage:
         return error_event(failure.body())
     price = None if settlement.price is None else usd_text(settlement.price)
     return meter.closing(price)

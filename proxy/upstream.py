@@ -5,6 +5,7 @@ request that is under way, so that none waits behind another's.
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 
@@ -24,6 +25,8 @@ from proxy.errors import (
     UpstreamTimeoutError,
     UpstreamUnavailableError,
 )
+
+log = logging.getLogger(__name__)
 
 # Shorter than the five seconds after which LiteLLM's server closes an idle connection: a request
 # sent into a closing one would fail for nothing.
@@ -64,6 +67,7 @@ class UpstreamAnswer:
             msg = "The provider stopped sending its answer."
             raise UpstreamTimeoutError(msg) from error
         except (aiohttp.ClientError, OSError) as error:
+            log.warning("answer cut", extra={"error": f"{type(error).__name__}: {error}"})
             msg = "The connection to the provider was lost before its answer was complete."
             raise UpstreamError(msg) from error
 

@@ -23,10 +23,11 @@ class DataPlane:
         self._relay = services.relay
         self._principals = services.principals
         self._catalog = services.catalog
+        self._stall_timeout_s = services.client_stall_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, as ASGI has it."""
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, stall_timeout_s=self._stall_timeout_s)
         try:
             if scope["path"] == "/v1/chat/completions" and scope["method"] == "POST":
                 await self._relay.chat(exchange)

@@ -32,3 +32,4 @@ class Services:
     ops_token: str | None
     default_tier: str
     nanos_per_credit: int
+    client_stall_timeout_s: float

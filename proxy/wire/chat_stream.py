@@ -85,6 +85,18 @@ class ChatStreamMeter:
         """UTF-8 bytes of what the model has said in the events that were passed on."""
         return self._delivered.output_bytes
 
+    @property
+    def has_final_usage(self) -> bool:
+        """Whether the usage is that of the whole answer: it came last, in an event of its own.
+
+        Some providers put the tokens so far on every event; if such a stream is cut, the last of
+        them is not the whole.
+        """
+        event = self._usage_event
+        if event is None or self.usage is None:
+            return False
+        return self.saw_done or (self._held is event and not has_content(event))
+
     def _passes_unread(self, data: bytes) -> bool:
         """Whether there can't be a usage, an error or the end in these whole events.
 

@@ -268,3 +268,28 @@ def test_sigterm_lets_a_stream_finish_and_settle(world: World, provider: FakePro
     assert world.service.process.wait(30) == 0
     (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
     assert (row["status"], row["price"]) == ("billed", 120_000)
+
+
+def test_stream_that_outlives_the_shutdown_is_put_up_for_review_at_once(
+    world: World, provider: FakeProvider
+) -> None:
+    world.service.stop()
+    world.service.environ = {**world.service.environ, "TALLYGATE_SHUTDOWN_TIMEOUT_S": "1"}
+    world.service.start()
+    customer = world.service.new_key()
+    gate = Gate(after_chunks=1)
+    provider.reply("priced", Reply(gate=gate))
+    body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with (
+        world.service.client(customer.key) as client,
+        client.stream("POST", CHAT, json=body) as answer,
+    ):
+        next(answer.iter_text())
+        assert world.service.process is not None
+        world.service.process.terminate()
+        world.service.process.wait(30)
+    gate.open()
+    (row,) = world.rows("SELECT * FROM usage WHERE account_id = %s", customer.account_id)
+    assert (row["status"], row["error_code"], row["price"]) == ("needs_review", "shutdown", None)
+    assert not world.rows("SELECT 1 FROM open_holds")
+    world.audit()

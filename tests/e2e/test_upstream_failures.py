@@ -255,3 +255,28 @@ def test_slow_client_does_not_hold_up_the_others(guest: Guest, provider: FakePro
         for thread in threads:
             thread.join(20)
             assert not thread.is_alive()
+
+
+def test_client_that_stalls_counts_as_gone_and_is_charged(
+    make_house: Callable[..., House], provider: FakeProvider
+) -> None:
+    house = make_house(environ={"TALLYGATE_CLIENT_STALL_TIMEOUT_S": "0.5"})
+    guest = house.customer()
+    # Never the same twice: LiteLLM ends a stream that repeats itself.
+    content = "".join(f"{number:07d} " for number in range(1_000_000))
+    provider.reply("priced", Reply(content=content, chunks=1000))
+    with socket.socket() as stalled:
+        # Little room on this side, so that a few megabytes fill what lies between.
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", house.service.port))
+        body = b'{"model":"priced","stream":true,"messages":[{"role":"user","content":"hi"}]}'
+        stalled.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer "
+            + guest.customer.key.encode()
+            + b"\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        guest.wait_settled()
+    row = guest.usage()
+    assert (row["status"], row["client_gone"], row["price"]) == ("billed", True, 120_000), [
+        row[name] for name in ("review_reason", "error_code", "duration_ms", "output_tokens")
+    ]

@@ -153,6 +153,7 @@ async def open_api(url: str, directory: Path) -> AsyncGenerator[Api]:
                 ops_token=OPS_TOKEN,
                 default_tier="default",
                 nanos_per_credit=NANOS_PER_CREDIT,
+                client_stall_timeout_s=60,
             )
         )
     finally:

@@ -243,3 +243,26 @@ def test_output_of_long_streams_is_counted_in_bounded_memory() -> None:
     for _ in range(5000):
         meter.feed(words("four"))
     assert meter.output_bytes == 20_000
+
+
+def test_usage_on_every_event_is_final_only_at_the_end() -> None:
+    meter = ChatStreamMeter(client_wants_usage=False, max_event_bytes=10_000)
+    usage = b'"usage":{"prompt_tokens":1,"completion_tokens":%d,"total_tokens":2}'
+    for number in (1, 2):
+        delta = b'"choices":[{"index":0,"delta":{"content":"x"}}]'
+        meter.feed(b'data: {"model":"m",' + delta + b"," + usage % number + b"}\n\n")
+        assert not meter.has_final_usage
+    meter.feed(b"data: [DONE]\n\n")
+    meter.end()
+    assert meter.has_final_usage
+
+
+def test_usage_in_an_event_of_its_own_is_final_although_the_stream_is_cut_after_it() -> None:
+    meter = ChatStreamMeter(client_wants_usage=False, max_event_bytes=10_000)
+    assert not meter.has_final_usage
+    meter.feed(
+        b'data: {"model":"m","choices":[{"index":0,"delta":{}}],'
+        b'"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}\n\n'
+    )
+    meter.end()
+    assert meter.has_final_usage
