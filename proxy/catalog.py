@@ -17,7 +17,6 @@ import msgspec
 from pricing.errors import PricingError
 from pricing.rating import ModelPrices, merge_ceiling, parse_model_prices
 from proxy.control import CONTROL_ERRORS, LiteLLMControl
-from proxy.metrics import CATALOG_AGE_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +46,16 @@ class Catalog:
         self._cache = cache
         self._models: dict[str, Model] = {}
         self._read_at: float | None = None
+        self._made_at = time.monotonic()
 
     @property
     def is_known(self) -> bool:
         """Whether LiteLLM, or the copy on disk, ever told what there is."""
         return bool(self._models)
+
+    def age_s(self) -> float:
+        """Seconds since LiteLLM last answered; since the start, if it never did."""
+        return time.monotonic() - (self._read_at or self._made_at)
 
     def get(self, name: str) -> Model | None:
         """Find a model by the name that customers use."""
@@ -89,8 +93,6 @@ class Catalog:
         while True:
             await asyncio.sleep(interval_s if self._read_at is not None else min(1, interval_s))
             await self.refresh()
-            if self._read_at is not None:
-                CATALOG_AGE_SECONDS.set(time.monotonic() - self._read_at)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -170,6 +170,7 @@ def _serve(_arguments: argparse.Namespace, settings: Settings) -> int:
         database_url=_checked_url(settings.database_url.get_secret_value()),
         nanos_per_credit=settings.nanos_per_credit,
         price_book=settings.price_book,
+        is_price_book_packaged=settings.is_packaged,
         data_dir=settings.data_dir,
         host=settings.host,
         port=settings.port,

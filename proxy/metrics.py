@@ -59,16 +59,12 @@ OVERDRAFT_USD = Counter(
 STREAMS_OPEN = Gauge(
     "tallygate_requests_in_flight", "Requests being relayed", multiprocess_mode="livesum"
 )
-CATALOG_AGE_SECONDS = Gauge(
-    "tallygate_catalog_age_seconds",
-    "Since the models and prices were last read from LiteLLM",
-    multiprocess_mode="livemax",
-)
 HOLDS_EXPIRED = Counter("tallygate_holds_expired", "Holds that the sweeper gave up on")
 
 
 # What a scrape reads from PostgreSQL and the spool, the same in every process: nobody counts it.
 SCRAPED_GAUGES = {
+    "tallygate_catalog_age_seconds": "Since LiteLLM last told its models and prices",
     "tallygate_postgresql_up": "Whether PostgreSQL answered this scrape",
     "tallygate_holds_open": "Holds that have not ended",
     "tallygate_reserved_usd": "What they set aside, in US dollars",

@@ -74,6 +74,13 @@ class PriceBooks:
             raise RuntimeError(msg)
         return int(row[0])
 
+    async def newest(self) -> int | None:
+        """Read the newest version's number; None where nothing was published."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute("SELECT max(version) FROM price_books")
+            row = await cursor.fetchone()
+        return None if row is None else row[0]
+
     async def refresh(self) -> PublishedBook:
         """Read the version in force."""
         async with self._pool.connection() as connection:

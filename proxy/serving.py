@@ -7,6 +7,7 @@ where its values are kept: it decides at its import whether they are shared betw
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from proxy.lifeline import SUPERVISOR_VARIABLE, die_with_supervisor
 from proxy.price_books import PriceBooks
 
 POSTGRES_TIMEOUT_S = 30.0
+log = logging.getLogger(__name__)
+
 # A killed predecessor lets go of the port when the kernel has ended its last worker.
 PORT_TIMEOUT_S = 10.0
 _POLL_S = 0.2
@@ -37,6 +40,7 @@ def serve(
     database_url: str,
     nanos_per_credit: int,
     price_book: Mapping[str, object],
+    is_price_book_packaged: bool,
     data_dir: Path,
     host: str,
     port: int,
@@ -54,7 +58,9 @@ def serve(
     wait_for_port(host, port, timeout_s=PORT_TIMEOUT_S)
     _share_metrics(data_dir / f"metrics-{port}")
     try:
-        asyncio.run(_prepare(database_url, nanos_per_credit, price_book))
+        asyncio.run(
+            prepare(database_url, nanos_per_credit, price_book, is_packaged=is_price_book_packaged)
+        )
     except PricingError as error:
         msg = f"price_book in the configuration is wrong: {error}"
         raise ConfigurationError(msg) from None
@@ -151,13 +157,26 @@ async def freeze_credit(books: PriceBooks, nanos_per_credit: int) -> None:
         raise ConfigurationError(msg)
 
 
-async def _prepare(url: str, nanos_per_credit: int, price_book: Mapping[str, object]) -> None:
+async def prepare(
+    url: str, nanos_per_credit: int, price_book: Mapping[str, object], *, is_packaged: bool
+) -> None:
+    """Have the database ready for the workers: the worth of a credit, prices, partitions."""
     from proxy.ledger import Ledger  # noqa: PLC0415 - see the module's docstring
 
     async with make_pool(url, max_size=1) as pool:
         books = PriceBooks(pool)
         await freeze_credit(books, nanos_per_credit)
-        await books.publish(price_book, nanos_per_credit=nanos_per_credit, actor="config")
+        before = await books.newest()
+        if before is None or not is_packaged:
+            version = await books.publish(
+                price_book, nanos_per_credit=nanos_per_credit, actor="config"
+            )
+            if before is not None and version != before:
+                log.warning("price book published", extra={"version": version, "before": before})
+        else:
+            # No file of the operator's own was found, as after a start from another directory:
+            # the example that comes with the package must not re-price anybody.
+            log.warning("price book kept: no config.yaml here", extra={"version": before})
         ledger = Ledger(url, pool)
         try:
             # They are made months ahead: behind a dump that holds the tables, the service comes

@@ -61,7 +61,7 @@ class UpstreamSettings(_Section):
 class HoldSettings(_Section):
     """How long money is set aside for a request that has not ended."""
 
-    ttl_s: int = Field(default=900, ge=5)
+    ttl_s: int = Field(default=300, ge=5)
     heartbeat_s: float = Field(default=60.0, gt=0)
     sweep_interval_s: float = Field(default=15.0, gt=0)
     # A hold is expired only this long after its time, so that the spool of a proxy that was
@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     # Read by `load_settings` before the class can be, so it is an environment name, no field.
     config_variable: ClassVar[str] = "TALLYGATE_CONFIG"
     config_file: ClassVar[Path | None] = None
+    # Whether it is what came with the package, because the operator has none.
+    is_packaged: ClassVar[bool] = False
 
     database_url: SecretStr | None = None
     litellm_url: str | None = None
@@ -158,10 +160,13 @@ class Settings(BaseSettings):
         return int(nanos)
 
 
+_LOCAL_CONFIG = Path("config.yaml")
+
+
 def default_config_path() -> Path | None:
     """`config.yaml` of the working directory, else the one that came with the package."""
     here = Path(__file__).parent
-    for path in (Path("config.yaml"), here / "config.yaml", here.parent / "config.yaml"):
+    for path in (_LOCAL_CONFIG, here / "config.yaml", here.parent / "config.yaml"):
         if path.is_file():
             return path
     return None
@@ -173,7 +178,8 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: object)
     Raises ConfigurationError, whose text names each wrong setting, for a file that can't be
     read, an unknown name or a value out of range.
     """
-    named = (environ or os.environ).get(Settings.config_variable)
+    variables = environ or os.environ
+    named = variables.get(Settings.config_variable)
     path = Path(named) if named else default_config_path()
     if named and not Path(named).is_file():
         msg = f"{Settings.config_variable} names {named}, and there is no such file"
@@ -181,6 +187,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: object)
 
     class FromFile(Settings):
         config_file: ClassVar[Path | None] = path
+        is_packaged: ClassVar[bool] = (
+            not named and path != _LOCAL_CONFIG and "TALLYGATE_PRICE_BOOK" not in variables
+        )
 
     try:
         return FromFile(**overrides)  # pyright: ignore[reportArgumentType]

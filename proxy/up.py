@@ -155,6 +155,7 @@ def _log_to(path: Path) -> None:
     file.setFormatter(JsonFormatter())
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.WARNING)
+    screen.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[file, screen], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

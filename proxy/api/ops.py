@@ -113,7 +113,9 @@ class Ops:
             operations = group.create_task(self._reports.operations())
             spool = group.create_task(asyncio.to_thread(self._spool_state))
         scraped = CollectorRegistry(auto_describe=False)
-        scraped.register(_Scraped(operations.result(), *spool.result()))
+        scraped.register(
+            _Scraped(operations.result(), *spool.result(), catalog_age_s=self._catalog.age_s())
+        )
         # Files are read, several for each worker.
         counted = await asyncio.to_thread(_counted)
         return Response(
@@ -159,8 +161,16 @@ def _forget_the_dead(directory: Path) -> None:
 class _Scraped(Collector):
     """Gauges whose values are read at the scrape, and the same from whichever worker answers."""
 
-    def __init__(self, operations: Operations | None, spool_bytes: int, rejected: int) -> None:
+    def __init__(
+        self,
+        operations: Operations | None,
+        spool_bytes: int,
+        rejected: int,
+        *,
+        catalog_age_s: float,
+    ) -> None:
         self._values: dict[str, float] = {
+            "tallygate_catalog_age_seconds": catalog_age_s,
             "tallygate_postgresql_up": 0 if operations is None else 1,
             "tallygate_spool_bytes": spool_bytes,
             "tallygate_settlements_rejected_waiting": rejected,

@@ -11,9 +11,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from proxy.db import migrate
+from proxy.db import make_pool, migrate
 from proxy.errors import ConfigurationError
-from proxy.serving import wait_for_port, wait_for_schema
+from proxy.price_books import PriceBooks
+from proxy.serving import prepare, wait_for_port, wait_for_schema
 from tests.support.service import free_port
 
 
@@ -96,3 +97,20 @@ def serve(url: str, data_dir: Path, **environ: str) -> subprocess.CompletedProce
         timeout=60,
         check=False,
     )
+
+
+@pytest.mark.anyio
+async def test_example_of_the_package_does_not_replace_a_published_price_book(
+    database_url: str,
+) -> None:
+    own = {"default": {"kind": "markup", "factor": "3.0"}}
+    example = {"default": {"kind": "markup", "factor": "2.0"}}
+    pool = make_pool(database_url)
+    await pool.open()
+    books = PriceBooks(pool)
+    await prepare(database_url, 1_000_000, own, is_packaged=False)
+    await prepare(database_url, 1_000_000, example, is_packaged=True)
+    assert (await books.refresh()).version == 1
+    await prepare(database_url, 1_000_000, example, is_packaged=False)
+    assert (await books.refresh()).version == 2
+    await pool.close()

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
+from pricing.price_book import parse_price_book
 from proxy import metrics
 from proxy.settings import Settings
 
@@ -100,3 +102,9 @@ def test_no_file_names_a_registry_or_a_place_on_a_machine() -> None:
         if word in (ROOT / name).read_text(errors="ignore")
     ]
     assert not found
+
+
+def test_price_book_of_the_readme_is_one() -> None:
+    (example,) = re.findall(r"```yaml\n(price_book:.*?)```", PAGES, re.DOTALL)
+    book = parse_price_book(yaml.safe_load(example)["price_book"])
+    assert len(book.rules) == 4
