@@ -1,6 +1,7 @@
 """The spool: what was appended is there after a crash, and only one process replays it."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -116,3 +117,29 @@ def test_rejected_settlements_are_kept_for_a_human(tmp_path: Path) -> None:
 def test_torn_tail_never_hides_or_adds_a_payload(whole: list[bytes], torn: bytes) -> None:
     data = b"".join(map(encode_line, whole)) + torn
     assert decode_lines(data) == (whole, 0)
+
+
+@pytest.mark.parametrize("was_locked", [True, False])
+def test_file_that_another_process_took_for_abandoned_is_not_written_to(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    was_locked: bool,  # noqa: FBT001
+) -> None:
+    real = fcntl.flock
+    taken: list[Path] = []
+
+    def flock(file: int, operation: int) -> None:
+        if not taken:  # between our open and our lock, the other one comes by
+            taken.extend(tmp_path.glob("*.spool"))
+            if was_locked:
+                raise BlockingIOError
+            taken[0].unlink()
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    spool = Spool(tmp_path)
+    spool.append([b"kept"])
+    assert taken
+    monkeypatch.undo()
+    spool.close()
+    assert payloads(Spool(tmp_path))[-1:] == [b"kept"]
