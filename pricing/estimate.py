@@ -2,21 +2,29 @@
 
 A ceiling is an upper bound, not a guess: no price that `charge` can give a request within the
 limits is above it, as long as the provider keeps to its price list. Input tokens are bounded by
-the bytes of the prompt (a token is at least one byte), output tokens by the limit that is sent.
+the bytes of the prompt (a token is at least one byte), output tokens by the limit that is sent,
+units by what was asked for. `units` are counts by their name in `Usage`: "images",
+"input_characters", "audio_ms", "queries". With a `service_tier` the dearer of its prices and the
+standard ones counts, because the provider may serve another tier than was asked for.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
-from pricing.errors import InvalidAmountError
-from pricing.markup import price_tokens
+from pricing.errors import CostUnknownError, InvalidAmountError, PricingError
+from pricing.markup import charge, price_tokens
 from pricing.money import MAX_AMOUNT
 from pricing.price_book import Markup, PerToken, Rule
-from pricing.rating import ModelPrices
-from pricing.usage import INPUT_CLASSES, OUTPUT_CLASSES, TokenClass
+from pricing.rating import UNIT_OF, ModelPrices, rate, unit_picos
+from pricing.usage import INPUT_CLASSES, OUTPUT_CLASSES, TokenClass, Usage
 
 ALL_CLASSES = frozenset(TokenClass)
+NO_UNITS: Mapping[str, int] = MappingProxyType({})
+
+# What is made of a prompt is paid by output tokens where it is not paid by the unit.
+_MADE = frozenset({"images", "input_characters"})
 
 # What `affordable_output_tokens` answers where output costs nothing and no limit is given.
 MAX_OUTPUT_TOKENS = 10**9
@@ -59,6 +67,8 @@ def ceiling_usage(
     n: int = 1,
     classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
+    units: Mapping[str, int] = NO_UNITS,
+    service_tier: str | None = None,
 ) -> Ceiling:
     """Bound the tokens of a request.
 
@@ -71,7 +81,13 @@ def ceiling_usage(
         input_tokens = min(input_tokens, max_input_tokens)
     output_tokens = n * output_limit
     cost_picos = ceiling_cost(
-        prices, input_tokens, output_tokens, classes=classes, searches=searches
+        prices,
+        input_tokens,
+        output_tokens,
+        classes=classes,
+        searches=searches,
+        units=units,
+        service_tier=service_tier,
     )
     return Ceiling(input_tokens, output_tokens, cost_picos)
 
@@ -83,21 +99,32 @@ def ceiling_cost(
     *,
     classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
+    units: Mapping[str, int] = NO_UNITS,
+    service_tier: str | None = None,
 ) -> int | None:
-    """Return the most that so many tokens can cost, in picos; None where a price is missing.
+    """Return the most that so much can cost, in picos; None where a price is missing.
 
     Every token is taken at the dearest price of its side, in the dearest tier that a prompt of
-    up to so many tokens can reach: a lower tier is not always the cheaper one.
+    up to so many tokens can reach: a lower tier is not always the cheaper one. Where a model
+    sells the same thing by the token and by the unit, both count: nobody knows yet which it is.
     """
     if prices is None:
         return None
-    cost_picos = searches * prices.search
-    for tokens, side in ((input_tokens, INPUT_CLASSES), (output_tokens, OUTPUT_CLASSES)):
-        dearest = prices.dearest(side & classes, input_tokens)
-        if tokens and dearest is None:
+    costs: list[int] = []
+    for served in {
+        id(one): one for one in (prices, prices.for_service_tier(service_tier))
+    }.values():
+        units_picos = _ceiling_of_units(served, input_tokens, output_tokens, units)
+        if units_picos is None:
             return None
-        cost_picos += tokens * (dearest or 0)
-    return cost_picos
+        cost_picos = units_picos + searches * served.search
+        for tokens, side in ((input_tokens, INPUT_CLASSES), (output_tokens, OUTPUT_CLASSES)):
+            dearest = served.dearest(side & classes, input_tokens)
+            if tokens and dearest is None and not _is_bought_by_unit(served, units):
+                return None
+            cost_picos += tokens * (dearest or 0)
+        costs.append(cost_picos)
+    return max(costs)
 
 
 def ceiling_price(
@@ -110,6 +137,8 @@ def ceiling_price(
     default_hold_nanos: int,
     classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
+    units: Mapping[str, int] = NO_UNITS,
+    service_tier: str | None = None,
 ) -> int:
     """Return the most that so many tokens can be sold for, in nanos, and at most MAX_AMOUNT.
 
@@ -117,7 +146,13 @@ def ceiling_price(
     rule takes in any case if that is more.
     """
     cost_picos = ceiling_cost(
-        prices, input_tokens, output_tokens, classes=classes, searches=searches
+        prices,
+        input_tokens,
+        output_tokens,
+        classes=classes,
+        searches=searches,
+        units=units,
+        service_tier=service_tier,
     )
     tokens = _dearest_tokens(rule, input_tokens, output_tokens, classes)
     try:
@@ -142,6 +177,8 @@ def affordable_output_tokens(  # noqa: PLR0917 - they stand in the order of `cei
     max_output_tokens: int = MAX_OUTPUT_TOKENS,
     classes: frozenset[TokenClass] = ALL_CLASSES,
     searches: int = 0,
+    units: Mapping[str, int] = NO_UNITS,
+    service_tier: str | None = None,
 ) -> int:
     """Return the largest output limit for each of `n` choices whose ceiling price is available.
 
@@ -160,6 +197,8 @@ def affordable_output_tokens(  # noqa: PLR0917 - they stand in the order of `cei
             default_hold_nanos=MAX_AMOUNT,
             classes=classes,
             searches=searches,
+            units=units,
+            service_tier=service_tier,
         )
         return price_nanos <= min(available_nanos, MAX_AMOUNT - 1)
 
@@ -172,6 +211,62 @@ def affordable_output_tokens(  # noqa: PLR0917 - they stand in the order of `cei
         else:
             beyond = middle
     return affordable
+
+
+def likely_price(
+    rule: Rule,
+    prices: ModelPrices | None,
+    usage: Usage,
+    *,
+    nanos_per_credit: int,
+    service_tier: str | None = None,
+) -> int | None:
+    """Return what a usage would be sold for, in nanos: an estimate, which nothing is held for.
+
+    None where that is not known: no price for what is used, and a rule that needs the cost.
+    """
+    cost_picos: int | None = None
+    try:
+        if prices is not None:
+            cost_picos = rate(prices.for_service_tier(service_tier), usage)
+    except CostUnknownError:
+        pass  # a rule that may lose has a price all the same
+    try:
+        sold = charge(rule, cost_picos=cost_picos, usage=usage, nanos_per_credit=nanos_per_credit)
+    except PricingError:
+        return None
+    return sold.price_nanos
+
+
+def _ceiling_of_units(
+    prices: ModelPrices, input_tokens: int, output_tokens: int, units: Mapping[str, int]
+) -> int | None:
+    """Bound what is bought by the unit; None where neither a unit's price nor tokens bound it."""
+    cost_picos = 0
+    for name, count in units.items():
+        unit = UNIT_OF[name]
+        if not count:
+            continue
+        if unit in prices.disputed:
+            return None
+        picos = unit_picos(prices, unit, count)
+        # Without a price of its own it is paid by tokens, if those are bounded, or by the length
+        # of the speech.
+        tokens = output_tokens if name in _MADE else input_tokens
+        is_paid = (tokens and prices.buys_tokens) or (
+            name == "input_characters" and units.get("audio_ms") and "second" in prices.units
+        )
+        if picos is None and not is_paid:
+            return None
+        cost_picos += picos or 0
+    return cost_picos
+
+
+def _is_bought_by_unit(prices: ModelPrices, units: Mapping[str, int]) -> bool:
+    """Whether units pay for everything, so that tokens without a price do not matter."""
+    return not prices.tokens and any(
+        count and UNIT_OF[name] in prices.units for name, count in units.items()
+    )
 
 
 def _dearest_tokens(

@@ -60,10 +60,16 @@ def charge(
     `cost_picos` is what the provider takes, None where nobody knows. The price is at least the
     cost, rounded up, unless the rule allows a loss. Therefore an unknown cost raises
     CostUnknownError for every rule that needs the cost or must not lose; an unknown usage raises
-    UsageUnknownError for a rule that prices tokens.
+    UsageUnknownError for a rule that prices tokens, and so does a usage that has none but
+    something else (pictures, sound) that cost something: the rule says nothing about it, and
+    without a minimum or the cost below it the request would be free.
     """
     tokens = None if usage is None else usage.by_class()
-    return price_tokens(rule, cost_picos, tokens, nanos_per_credit)
+    sold = price_tokens(rule, cost_picos, tokens, nanos_per_credit)
+    only_units = usage is not None and usage.has_units and not tokens
+    if only_units and isinstance(rule.terms, PerToken) and not sold.price_nanos and cost_picos != 0:
+        raise UsageUnknownError(f"{rule.name} prices tokens, and none were used")
+    return sold
 
 
 def price_tokens(

@@ -27,6 +27,8 @@ _MAX_TEXT_LENGTH = 64
 _MAX_EXPONENT = 400
 _DECIMAL = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]+))?(?:[eE]([+-]?[0-9]{1,3}))?")
 
+# Decimal digits that every binary double keeps.
+_FLOAT_DIGITS = 15
 # Places shown where credits have no finite decimal form (a credit worth $0.003, say).
 _ROUNDED_CREDIT_PLACES = 12
 
@@ -44,6 +46,21 @@ def picos_from_usd(value: str | int | Decimal) -> int:
     """
     quotient, remainder = _multiply(value, PICOS_PER_USD)
     return _bounded(quotient + bool(remainder))
+
+
+def picos_from_float_text(text: str) -> int:
+    """Turn the digits of a binary float in dollars into pico-USD, rounded up once.
+
+    LiteLLM adds costs up as floats: 7 x 1e-6 + 3 x 1e-5 comes out as 3.7000000000000005e-05. A
+    float means no more than its first 15 digits, so they are taken first; rounding the rest up
+    would charge a nano more for nothing. Raises as `picos_from_usd`.
+    """
+    coefficient, exponent = _parse(text)
+    excess = len(str(coefficient)) - _FLOAT_DIGITS
+    if excess > 0:
+        unit = 10**excess
+        coefficient, exponent = (coefficient + unit // 2) // unit, exponent + excess
+    return picos_from_usd(f"{coefficient}e{exponent}")
 
 
 def nanos_from_usd(value: str | int | Decimal) -> int:

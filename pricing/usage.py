@@ -1,4 +1,4 @@
-"""What a request used, in tokens by class.
+"""What a request used: tokens by class, and what is not bought by the token.
 
 Providers report wholes (`input_tokens`, `output_tokens`) and parts of them (cached, reasoning,
 audio …) that may overlap: a cached token can be an audio token too. `Usage` keeps what was
@@ -58,6 +58,9 @@ FALLBACK_CLASS: Mapping[TokenClass, TokenClass] = MappingProxyType(
     }
 )
 
+# The counts of what is bought by the piece, the character, the second or the query.
+UNIT_COUNTS = ("images", "input_characters", "audio_ms", "queries")
+
 _PARTS: Mapping[str, str] = MappingProxyType(
     {
         "cached_input_tokens": "input_tokens",
@@ -74,11 +77,15 @@ _PARTS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of one request; every count is at least 0 and no part exceeds its whole.
+    """What one request used; every count is at least 0 and no part exceeds its whole.
 
     `input_tokens` are all prompt tokens, with the cached, cache-creating, audio and image ones
     in it; `cache_creation_tokens` has the one-hour ones in it; `output_tokens` are all completion
-    tokens, with the reasoning, audio and image ones in it. `images` counts generated pictures.
+    tokens, with the reasoning, audio and image ones in it.
+
+    The units stand beside the tokens, and often for the same thing: `images` counts generated
+    pictures, `input_characters` the text that is to be spoken, `audio_ms` the length of sound
+    that was heard or made, in milliseconds, `queries` the search units of a reranking.
     """
 
     input_tokens: int = 0
@@ -92,12 +99,15 @@ class Usage:
     image_input_tokens: int = 0
     image_output_tokens: int = 0
     images: int = 0
+    input_characters: int = 0
+    audio_ms: int = 0
+    queries: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, with UsageUnknownError."""
         counts = [(name, getattr(self, name)) for name in Usage.__slots__]
         for name, count in counts:
-            # `type` and not is_count: this is made for every answer, eleven counts each.
+            # `type` and not is_count: this is made for every answer, fourteen counts each.
             if type(count) is not int or not 0 <= count <= MAX_TOKENS:
                 raise UsageUnknownError(f"{name} must be an integer between 0 and {MAX_TOKENS}")
         for name, count in counts:
@@ -132,6 +142,11 @@ class Usage:
         """Return the counts that are not 0, and always the two wholes; JSON-able."""
         wholes = ("input_tokens", "output_tokens")
         return {name: n for name, n in self._counts().items() if n or name in wholes}
+
+    @property
+    def has_units(self) -> bool:
+        """Whether anything was used that may be bought otherwise than by the token."""
+        return bool(self.images or self.input_characters or self.audio_ms or self.queries)
 
     @property
     def total_tokens(self) -> int:

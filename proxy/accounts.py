@@ -40,6 +40,8 @@ class Principal:
     account_status: str
     expires_at: datetime | None
     is_expired: bool
+    # Whether the account wants an SDK's own retry answered from the answers that are kept for it.
+    replay_retries: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ class Accounts:
             connection.cursor(row_factory=dict_row) as cursor,
         ):
             await cursor.execute(
-                "SELECT a.account_id, a.name, a.tier, a.status, a.created_at, b.posted,"
+                "SELECT a.account_id, a.name, a.tier, a.status, a.created_at,"
+                " a.replay_retries, b.posted,"
                 " b.reserved, b.credit_limit FROM accounts AS a"
                 " JOIN balances AS b ON a.account_id = b.account_id WHERE a.account_id = %s",
                 (account_id,),
@@ -103,7 +106,8 @@ class Accounts:
             connection.cursor(row_factory=dict_row) as cursor,
         ):
             await cursor.execute(
-                "SELECT a.account_id, a.name, a.tier, a.status, a.created_at, b.posted,"
+                "SELECT a.account_id, a.name, a.tier, a.status, a.created_at,"
+                " a.replay_retries, b.posted,"
                 " b.reserved, b.credit_limit FROM accounts AS a"
                 " JOIN balances AS b ON a.account_id = b.account_id"
                 " WHERE (%(before)s::uuid IS NULL OR a.account_id < %(before)s)"
@@ -111,6 +115,16 @@ class Accounts:
                 {"before": before, "limit": limit},
             )
             return await cursor.fetchall()
+
+    async def set_options(self, account_id: UUID, *, replay_retries: bool, actor: str) -> bool:
+        """Change how an account is served, on every replica; False where there is no account."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT set_account_options(%s, %s, %s, %s)",
+                (account_id, replay_retries, uuid7(), actor),
+            )
+            row = await cursor.fetchone()
+        return row is not None and bool(row[0])
 
     async def create_key(
         self, account_id: UUID, *, name: str, limits: KeyLimits, actor: str
@@ -176,7 +190,8 @@ class Accounts:
             await cursor.execute(
                 "SELECT k.account_id, k.key_id, a.tier, a.version + k.version AS version,"
                 " k.allowed_models, k.status AS key_status, a.status AS account_status,"
-                " k.expires_at, coalesce(k.expires_at <= clock_timestamp(), false) AS is_expired"
+                " k.expires_at, coalesce(k.expires_at <= clock_timestamp(), false) AS is_expired,"
+                " a.replay_retries"
                 " FROM virtual_keys AS k JOIN accounts AS a ON k.account_id = a.account_id"
                 " WHERE k.key_hash = %s",
                 (key_hash,),

@@ -6,15 +6,19 @@ Every function returns what is to be shown, as a JSON-able document in the words
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
-from pricing.money import credits_text, nanos_from_credits, usd_text
+from pricing.money import credits_text, nanos_from_credits, usd_text, usd_text_from_picos
 from proxy.accounts import Accounts, KeyLimits, NewKey
+from proxy.api.admin_reviews import decision_of, refusal
 from proxy.db import make_pool, require_schema
+from proxy.errors import InvalidRequestError
 from proxy.ids import uuid7
 from proxy.ledger import Balance, Ledger
 from proxy.price_books import PriceBooks
+from proxy.reports import Reports, ReviewFilter
+from proxy.reviews import Reviews
 from proxy.serving import freeze_credit
 
 ACTOR = "cli"
@@ -35,6 +39,8 @@ class Administration:
 
     accounts: Accounts
     ledger: Ledger
+    reports: Reports
+    reviews: Reviews
     nanos_per_credit: int
 
     async def create_account(self, name: str, *, tier: str, credits_: str | None) -> Document:
@@ -95,6 +101,51 @@ class Administration:
         document = _new_key(account_id, old["name"], made)
         await self.accounts.revoke_key(account_id, key_id, actor=ACTOR)
         return {**document, "replaces": key_id}
+
+    async def list_reviews(self, wanted: ReviewFilter, *, limit: int) -> Document:
+        """List what waits for a decision, newest first."""
+        rows = await self.reports.reviews(wanted, before=None, limit=limit)
+        return {"data": [self._review(row) for row in rows]}
+
+    async def review_counts(self) -> Document:
+        """Count what waits for a decision, by reason."""
+        rows = await self.reports.review_counts()
+        return {
+            "data": [
+                {
+                    "reason": row["review_reason"],
+                    "charged": row["is_charged"],
+                    "requests": row["requests"],
+                    "oldest_at": row["oldest_at"],
+                    "held_credits": credits_text(row["held"], self.nanos_per_credit),
+                }
+                for row in rows
+            ]
+        }
+
+    async def resolve_review(
+        self,
+        account_id: UUID,
+        request_id: UUID,
+        kind: Literal["charge", "waive", "reprice"],
+        *,
+        credits_: str | None,
+        cost_usd: str | None,
+        reason: str,
+    ) -> Document:
+        """Decide on a request, once; what was decided before in the same way is shown again."""
+        try:
+            decision = decision_of(kind, credits_, cost_usd, self.nanos_per_credit)
+            resolved = await self.reviews.resolve(
+                account_id, request_id, decision, actor=ACTOR, reason=reason
+            )
+        except InvalidRequestError as error:
+            raise NotDoneError(error.message) from None
+        if resolved.row is None:
+            raise NotDoneError(f"account {account_id} has no request {request_id} that has ended")
+        if not resolved.is_done:
+            raise NotDoneError(refusal(resolved))
+        return {"outcome": resolved.outcome, **self._review(resolved.row)}
 
     async def _fund(
         self, account_id: UUID, amount_nanos: int, *, reason: str, reference: str
@@ -164,6 +215,29 @@ class Administration:
             else credits_text(budget, self.nanos_per_credit),
         }
 
+    def _review(self, row: Mapping[str, Any]) -> Document:
+        price = row["price"]
+        costs = {
+            name: None if row[column] is None else usd_text_from_picos(row[column])
+            for name, column in (
+                ("cost_usd", "cost_picos"),
+                ("rated_cost_usd", "rated_picos"),
+                ("witness_cost_usd", "witness_picos"),
+            )
+        }
+        return {
+            "request_id": row["request_id"],
+            "account_id": row["account_id"],
+            "created_at": row["created_at"],
+            "endpoint": row["endpoint"],
+            "model": row["model"],
+            "status": row["status"],
+            "reason": row["review_reason"],
+            "price_credits": None if price is None else credits_text(price, self.nanos_per_credit),
+            **costs,
+            "resolution": row["resolution"],
+        }
+
     def _nanos(self, credits_: str) -> int:
         return nanos_from_credits(credits_, self.nanos_per_credit)
 
@@ -192,8 +266,9 @@ async def administration(url: str, nanos_per_credit: int) -> AsyncGenerator[Admi
     require_schema(url)
     async with make_pool(url, max_size=2) as pool:
         await freeze_credit(PriceBooks(pool), nanos_per_credit)
-        ledger = Ledger(url, pool)
+        ledger, reports = Ledger(url, pool), Reports(pool)
+        reviews = Reviews(pool, reports)
         try:
-            yield Administration(Accounts(pool), ledger, nanos_per_credit)
+            yield Administration(Accounts(pool), ledger, reports, reviews, nanos_per_credit)
         finally:
             await ledger.close()

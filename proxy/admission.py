@@ -1,6 +1,6 @@
 """Admission: from whose request it is and what it asks for to a hold that covers its price.
 
-The ceiling of what a request can be sold for is estimated first and one call of the ledger decides.
+The ceiling of what a request can be sold for is reckoned first and one call of the ledger decides.
 Only where that ceiling does not fit the balance is the prompt counted exactly, and where the client
 set no limit of its own, its answer is limited to what the balance affords.
 """
@@ -12,43 +12,30 @@ from uuid import UUID
 
 import msgspec
 
-from pricing.estimate import (
-    affordable_output_tokens,
-    ceiling_cost,
-    ceiling_price,
-    possible_classes,
-)
-from pricing.money import PICOS_PER_NANO, PPM, ceil_div, credits_text, usd_text
+from pricing.money import credits_text, usd_text
 from pricing.price_book import Rule
-from pricing.usage import TokenClass
 from proxy.accounts import Principal
-from proxy.byok import choose_provider_key
-from proxy.catalog import Catalog, Model
+from proxy.catalog import Model
 from proxy.control import CONTROL_ERRORS, LiteLLMControl
 from proxy.db import unavailable
+from proxy.endpoints import Endpoint
 from proxy.errors import (
     InsufficientCreditsError,
     MeteringUnavailableError,
-    NotFoundError,
-    PermissionDeniedError,
     RateLimitError,
     TallygateError,
-    UpstreamUnavailableError,
 )
 from proxy.ledger import Authorization, HoldRequest, Ledger, Settlement
-from proxy.price_books import PriceBooks, PublishedBook
-from proxy.principals import Principals, may_use_model, refusal
+from proxy.plan import Plan, Planner
+from proxy.price_books import PublishedBook
+from proxy.principals import Principals, refusal
 from proxy.settlement import Settler
-from proxy.wire.chat_request import ChatRequest
+from proxy.wire.request import Request
 
-# A model of which nobody says how long its answers can be.
-_UNKNOWN_OUTPUT_LIMIT = 16_384
-# Providers put some hundred tokens of their own into the prompt of a request with tools.
-_TOOLS_PROMPT_TOKENS = 1000
 # How often a copy of account and key is read again that was outdated when the ledger looked.
 _STALE_TRIES = 3
 # What a typical token takes, for the tokens-per-minute limit; the hold is reckoned with one.
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +44,15 @@ class Admitted:
 
     request_id: UUID
     principal: Principal
+    endpoint: Endpoint
+    request: Request
     model: Model
     rule: Rule
     published: PublishedBook
     hold_nanos: int
     provider_key: str | None
     # The limit to send in place of the client's: what the balance affords, or the model can say.
-    clamped_output: int | None
-    prompt_bytes: int
+    output_limit: int | None
     headers: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -79,35 +67,14 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """The settings of the estimate; tokens, and nano-USD for the hold."""
+    """The settings of admission: tokens and seconds."""
 
-    default_hold_nanos: int
     min_output_tokens: int
-    tokens_per_image: int
-    tokens_per_audio_clip: int
-    tokens_per_file: int
     hold_ttl_s: int
 
 
-@dataclass(slots=True)
-class _Plan:
-    """A request as it would be sent: its ceiling and what that is made of; narrowed in place."""
-
-    principal: Principal
-    model: Model
-    rule: Rule
-    published: PublishedBook
-    provider_key: str | None
-    # What the request's tokens can be.
-    classes: frozenset[TokenClass]
-    input_tokens: int
-    output_limit: int
-    price_nanos: int = 0
-    is_clamped: bool = False
-
-
 class Admission:
-    """Admits chat requests."""
+    """Admits requests."""
 
     def __init__(
         self,
@@ -115,29 +82,25 @@ class Admission:
         ledger: Ledger,
         settler: Settler,
         principals: Principals,
-        catalog: Catalog,
         control: LiteLLMControl,
-        price_books: PriceBooks,
+        planner: Planner,
         limits: AdmissionLimits,
-        byok_headers: dict[str, str],
     ) -> None:
         self._ledger = ledger
         self._settler = settler
         self._principals = principals
-        self._catalog = catalog
         self._control = control
-        self._price_books = price_books
+        self._planner = planner
         self._limits = limits
-        self._byok_headers = [
-            (name, name.lower().encode(), provider) for name, provider in byok_headers.items()
-        ]
 
     async def admit(
         self,
         request_id: UUID,
+        *,
         virtual_key: str | None,
         principal: Principal,
-        request: ChatRequest,
+        endpoint: Endpoint,
+        request: Request,
         header: Callable[[bytes], str | None],
     ) -> Admitted:
         """Place a hold for the request or raise the error that says why not.
@@ -145,104 +108,44 @@ class Admission:
         `principal` is whose key this is as far as is known; the ledger decides. A hold that was
         placed is the caller's to settle; where this raises there is none, or its void is under way.
         """
-        plan = self._plan(principal, request, header)
-        authorization = await self._authorize(request_id, plan, request)
+        plan = self._planner.plan(principal, endpoint, request, header)
+        authorization = await self._authorize(request_id, plan)
         for _ in range(_STALE_TRIES):
             if authorization.outcome != "stale":
                 break
             principal = await self._principals.authenticate(virtual_key, fresh=True)
-            plan = self._plan(principal, request, header)
-            authorization = await self._authorize(request_id, plan, request)
+            plan = self._planner.plan(principal, endpoint, request, header)
+            authorization = await self._authorize(request_id, plan)
         if authorization.outcome in _SHORT_OF_MONEY:
-            await self._narrow(plan, request, authorization)
-            authorization = await self._authorize(request_id, plan, request)
+            await self._narrow(plan, authorization)
+            authorization = await self._authorize(request_id, plan)
         if not authorization.is_held:
-            raise self._refused(authorization, plan)
-        return _admitted(request_id, plan, request, authorization)
-
-    def _plan(
-        self,
-        principal: Principal,
-        request: ChatRequest,
-        header: Callable[[bytes], str | None],
-    ) -> _Plan:
-        model = self._find_model(principal, request.model)
-        provider_key = choose_provider_key(header, self._byok_headers, model.provider)
-        published = self._price_books.current
-        rule = published.book.select(str(principal.account_id), principal.tier, model.name)
-        limits = self._limits
-        input_tokens = (
-            request.prompt_bytes
-            + request.images * limits.tokens_per_image
-            + request.audio_clips * limits.tokens_per_audio_clip
-            + request.files * limits.tokens_per_file
-            + _TOOLS_PROMPT_TOKENS * ("tools" in request.fields)
+            raise _refused(authorization, plan)
+        return Admitted(
+            request_id=request_id,
+            principal=plan.principal,
+            endpoint=endpoint,
+            request=request,
+            model=plan.model,
+            rule=plan.rule,
+            published=plan.published,
+            hold_nanos=plan.price_nanos,
+            provider_key=plan.provider_key,
+            output_limit=plan.sent_output_limit,
+            headers=rate_limit_headers(authorization),
         )
-        if model.max_input_tokens is not None:
-            input_tokens = min(input_tokens, model.max_input_tokens)
-        plan = _Plan(
-            principal=principal,
-            model=model,
-            rule=rule,
-            published=published,
-            provider_key=provider_key,
-            classes=_classes(request),
-            input_tokens=input_tokens,
-            output_limit=_output_limit(model, request),
-        )
-        self._set_price(plan, request)
-        return plan
 
-    def _find_model(self, principal: Principal, name: str) -> Model:
-        model = self._catalog.get(name)
-        if model is None and not self._catalog.is_known:
-            msg = "The list of models is not known yet, because the model service is away."
-            raise UpstreamUnavailableError(msg, retry_after_s=2)
-        if not may_use_model(principal, name):
-            msg = f"This API key may not use the model {name!r}. GET /v1/models lists what it may."
-            raise PermissionDeniedError(msg, code="model_not_allowed", param="model")
-        if model is None:
-            msg = f"The model {name!r} does not exist here. GET /v1/models lists those that do."
-            raise NotFoundError(msg, code="model_not_found", param="model")
-        return model
-
-    def _set_price(self, plan: _Plan, request: ChatRequest) -> None:
-        """Reckon the most that the request can be sold for."""
-        # Predicted tokens that the model rejects are billed as output, beyond its limit.
-        output_tokens = request.n * (plan.output_limit + request.prediction_bytes)
-        if plan.provider_key is None:
-            plan.price_nanos = ceiling_price(
-                plan.rule,
-                plan.model.prices,
-                plan.input_tokens,
-                output_tokens,
-                nanos_per_credit=plan.published.nanos_per_credit,
-                default_hold_nanos=self._limits.default_hold_nanos,
-                classes=plan.classes,
-            )
-        elif plan.rule.byok_fee_ppm:
-            cost_picos = ceiling_cost(
-                plan.model.prices, plan.input_tokens, output_tokens, classes=plan.classes
-            )
-            plan.price_nanos = (
-                self._limits.default_hold_nanos
-                if cost_picos is None
-                else ceil_div(cost_picos * plan.rule.byok_fee_ppm, PICOS_PER_NANO * PPM)
-            )
-
-    async def _authorize(
-        self, request_id: UUID, plan: _Plan, request: ChatRequest
-    ) -> Authorization:
-        principal = plan.principal
+    async def _authorize(self, request_id: UUID, plan: Plan) -> Authorization:
+        principal, request = plan.principal, plan.request
         hold = HoldRequest(
             account_id=principal.account_id,
             request_id=request_id,
             key_id=principal.key_id,
             version=principal.version,
             amount=plan.price_nanos,
-            tokens=plan.input_tokens // _BYTES_PER_TOKEN + (request.output_limit or 0) * request.n,
+            tokens=plan.input_tokens // BYTES_PER_TOKEN + (request.output_limit or 0) * request.n,
             ttl_s=self._limits.hold_ttl_s,
-            endpoint="chat.completions",
+            endpoint=plan.endpoint.name,
             model=plan.model.name,
             tier=principal.tier,
             streamed=request.stream,
@@ -265,66 +168,58 @@ class Admission:
                 )
             raise
 
-    async def _narrow(
-        self, plan: _Plan, request: ChatRequest, authorization: Authorization
-    ) -> None:
+    async def _narrow(self, plan: Plan, authorization: Authorization) -> None:
         """Count the prompt exactly and, if the client set no limit, clamp the output to fit."""
         funds = _funds(authorization)
         if plan.model.prices is None or plan.provider_key is not None:
-            raise self._refused(authorization, plan)
-        plan.input_tokens = await self._count(plan, request)
-        self._set_price(plan, request)
+            raise _refused(authorization, plan)
+        plan.input_tokens = await self.count(plan)
+        self._planner.set_price(plan)
         if plan.price_nanos <= funds:
             return
-        affordable = self._affordable(plan, request, funds)
-        if request.output_limit is not None or affordable < self._limits.min_output_tokens:
-            raise self._refused(authorization, plan, affordable)
+        affordable = self._planner.affordable(plan, funds)
+        if not self.may_clamp(plan, affordable):
+            raise _refused(authorization, plan, affordable)
         plan.output_limit, plan.is_clamped = affordable, True
-        self._set_price(plan, request)
+        self._planner.set_price(plan)
 
-    async def _count(self, plan: _Plan, request: ChatRequest) -> int:
-        if request.images or request.audio_clips or request.files:
+    def may_clamp(self, plan: Plan, affordable: int) -> bool:
+        """Whether an answer of so many tokens is worth sending in the place of a longer one."""
+        return plan.may_be_clamped and affordable >= self._limits.min_output_tokens
+
+    async def count(self, plan: Plan) -> int:
+        """Return the prompt's tokens, counted exactly where that can be done, else their bound."""
+        request = plan.request
+        if request.text is None or request.images or request.audio_clips or request.files:
             return plan.input_tokens  # allowances, not text: there is nothing to count exactly
-        messages = request.fields["messages"]
         try:
             counted = await self._control.count_tokens(
-                plan.model.name, msgspec.json.decode(messages)
+                plan.model.name, msgspec.json.decode(request.text)
             )
         except CONTROL_ERRORS:
             return plan.input_tokens
         # Tools and schemas are tokens as well, and stay bounded by their bytes.
-        others = request.prompt_bytes - len(bytes(messages))
+        others = max(request.prompt_bytes - len(bytes(request.text)), 0)
         return min(counted + others, plan.input_tokens)
 
-    def _affordable(self, plan: _Plan, request: ChatRequest, funds: int) -> int:
-        return affordable_output_tokens(
-            plan.rule,
-            plan.model.prices,
-            plan.input_tokens,
-            request.n,
-            max(funds, 0),
-            plan.published.nanos_per_credit,
-            max_output_tokens=plan.output_limit,
-            classes=plan.classes,
-        )
 
-    def _refused(
-        self, authorization: Authorization, plan: _Plan, affordable: int | None = None
-    ) -> TallygateError:
-        outcome = authorization.outcome
-        if outcome in _SHORT_OF_MONEY:
-            return _short_of_money(authorization, plan, affordable)
-        if outcome in _RATE_LIMITS:
-            error = RateLimitError(
-                _RATE_LIMITS[outcome],
-                details={"limit": outcome},
-                retry_after_s=1 if outcome == "max_concurrency" else _seconds_to_next_minute(),
-            )
-            error.headers = rate_limit_headers(authorization)
-            return error
-        if outcome == "stale":  # the account changes faster than we can read it
-            return unavailable()
-        return refusal(outcome)
+def _refused(
+    authorization: Authorization, plan: Plan, affordable: int | None = None
+) -> TallygateError:
+    outcome = authorization.outcome
+    if outcome in _SHORT_OF_MONEY:
+        return _short_of_money(authorization, plan, affordable)
+    if outcome in _RATE_LIMITS:
+        error = RateLimitError(
+            _RATE_LIMITS[outcome],
+            details={"limit": outcome},
+            retry_after_s=1 if outcome == "max_concurrency" else _seconds_to_next_minute(),
+        )
+        error.headers = rate_limit_headers(authorization)
+        return error
+    if outcome == "stale":  # the account changes faster than we can read it
+        return unavailable()
+    return refusal(outcome)
 
 
 _SHORT_OF_MONEY = frozenset({"insufficient_credits", "budget_exceeded"})
@@ -335,23 +230,6 @@ _RATE_LIMITS = {
 }
 
 
-def _classes(request: ChatRequest) -> frozenset[TokenClass]:
-    return possible_classes(
-        audio=bool(request.audio_clips) or "audio" in request.modalities,
-        images=bool(request.images) or "image" in request.modalities,
-    )
-
-
-def _output_limit(model: Model, request: ChatRequest) -> int:
-    """Tokens that each choice may have: the client's limit, within what the model can say."""
-    limit = model.max_output_tokens or _UNKNOWN_OUTPUT_LIMIT
-    if request.output_limit is None:
-        return limit
-    if model.max_output_tokens is None:
-        return request.output_limit
-    return min(request.output_limit, limit)
-
-
 def _funds(authorization: Authorization) -> int:
     funds = authorization.available_nanos or 0
     if authorization.budget_left_nanos is not None:
@@ -360,7 +238,7 @@ def _funds(authorization: Authorization) -> int:
 
 
 def _short_of_money(
-    authorization: Authorization, plan: _Plan, affordable: int | None
+    authorization: Authorization, plan: Plan, affordable: int | None
 ) -> InsufficientCreditsError:
     per_credit = plan.published.nanos_per_credit
     funds = _funds(authorization)
@@ -370,8 +248,9 @@ def _short_of_money(
         f"This request can cost up to {credits_text(plan.price_nanos, per_credit)} credits, and "
         f"{what} {credits_text(funds, per_credit)} available."
     )
-    if affordable:
-        message += f" Set max_tokens to at most {affordable}, or add credits."
+    limit = (plan.endpoint.output_limits or ("max_tokens",))[-1]
+    if affordable and plan.endpoint.output_limits:
+        message += f" Set {limit} to at most {affordable}, or add credits."
     else:
         message += " Raise the budget." if is_budget else " Add credits."
     return InsufficientCreditsError(
@@ -380,7 +259,7 @@ def _short_of_money(
         details={
             "balance": _money(funds, per_credit),
             "required": _money(plan.price_nanos, per_credit),
-            "affordable": {"max_tokens": affordable or 0},
+            "affordable": {limit: affordable or 0},
         },
     )
 
@@ -405,23 +284,3 @@ def rate_limit_headers(authorization: Authorization) -> dict[str, str]:
             headers[f"x-ratelimit-remaining-{what}"] = str(max(left or 0, 0))
             headers[f"x-ratelimit-reset-{what}"] = f"{_seconds_to_next_minute()}s"
     return headers
-
-
-def _admitted(
-    request_id: UUID, plan: _Plan, request: ChatRequest, authorization: Authorization
-) -> Admitted:
-    return Admitted(
-        request_id=request_id,
-        principal=plan.principal,
-        model=plan.model,
-        rule=plan.rule,
-        published=plan.published,
-        hold_nanos=plan.price_nanos,
-        provider_key=plan.provider_key,
-        # A limit beyond what the model can say is not covered by the hold: it is sent as reckoned.
-        clamped_output=plan.output_limit
-        if plan.is_clamped or (request.output_limit or 0) > plan.output_limit
-        else None,
-        prompt_bytes=request.prompt_bytes,
-        headers=rate_limit_headers(authorization),
-    )

@@ -1,4 +1,7 @@
-"""Bring your own key: which provider key, of those a customer sent, this call goes out with."""
+"""Bring your own key: which provider key, of those a customer sent, this call goes out with.
+
+And with nothing else: LiteLLM's fallbacks would show it to whichever provider comes next.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -30,3 +33,14 @@ def choose_provider_key(
         if of_provider == provider or (of_provider == ANY_PROVIDER and chosen is None):
             chosen = key
     return chosen
+
+
+def members_with_key(key: str) -> dict[str, object]:
+    """Return what a body for LiteLLM holds for the call to go out with `key` alone."""
+    return {"api_key": key, "disable_fallbacks": True}
+
+
+def texts_with_key(key: str) -> dict[str, str]:
+    """Return the same for a form, whose texts LiteLLM takes for no `true`: empty lists."""
+    fallbacks = ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
+    return {"api_key": key, **dict.fromkeys(fallbacks, "")}

@@ -24,7 +24,10 @@ from pydantic import SecretStr
 
 from pricing.errors import PricingError
 from proxy.accounts import KeyLimits
-from proxy.db import CONNECTION_ERRORS, migrate, require_schema
+from proxy.commands_audit import add_audit
+from proxy.commands_reconcile import add_reconcile
+from proxy.commands_reviews import add_review
+from proxy.db import CONNECTION_ERRORS, migrate
 from proxy.embedded.postgres import EmbeddedPostgres
 from proxy.errors import ConfigurationError
 from proxy.settings import Settings, load_settings
@@ -101,6 +104,7 @@ def _up(arguments: argparse.Namespace, settings: Settings) -> int:
         litellm_key=_secret(settings.litellm_key),
         litellm=settings.litellm,
         admin_key=_secret(settings.admin_key),
+        witness_token=_secret(settings.witness_token),
         starter_credits=settings.starter_credits,
         nanos_per_credit=settings.nanos_per_credit,
         tier=settings.default_tier,
@@ -218,33 +222,6 @@ def _database_url(settings: Settings) -> str:
 # -------------------------------------------------------------------------------------------------
 
 
-def _audit(arguments: argparse.Namespace, settings: Settings) -> int:
-    from proxy.audit import audit
-
-    url = _database_url(settings)
-    require_schema(url)
-    findings = audit(url)
-    broken = [finding for finding in findings if finding.violations]
-    lines = _table(
-        [
-            ("invariant", "checked", "violations"),
-            *((found.name, found.checked, found.violations) for found in findings),
-        ]
-    )
-    for found in broken:
-        lines += ["", f"{found.name}: {found.promise}"]
-        lines += [f"  {_row_text(row)}" for row in found.rows]
-        if found.violations > len(found.rows):
-            lines.append(f"  … and {found.violations - len(found.rows)} more")
-    lines += ["", f"{len(broken)} of {len(findings)} invariants are broken" if broken else "clean"]
-    _show(arguments, {"clean": not broken, "invariants": findings}, lines)
-    return 1 if broken else 0
-
-
-def _row_text(row: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in row.items())
-
-
 def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
     from proxy import doctor
     from proxy.up import Trace, admin_key_path, litellm_key_path
@@ -266,7 +243,7 @@ def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
         checks.append(doctor.Check("litellm", "fail", "not set", remedy))
     else:
         key = _secret(settings.litellm_key) or _content(litellm_key_path(settings.data_dir)) or ""
-        checks += asyncio.run(doctor.check_litellm(litellm_url, key))
+        checks += asyncio.run(doctor.check_litellm(litellm_url, key, settings.free_models))
     checks += doctor.check_spool(settings.data_dir)
     admin_key = _secret(settings.admin_key) or _content(admin_key_path(settings.data_dir))
     checks.append(doctor.check_admin_key(admin_key))
@@ -408,10 +385,19 @@ def _parser() -> argparse.ArgumentParser:
     add(commands, "up", _up, "start PostgreSQL, LiteLLM and the service", listening)
     add(commands, "serve", _serve, "serve, with a PostgreSQL and a LiteLLM that run", listening)
     add(commands, "migrate", _migrate, "load or upgrade the database's schema")
-    add(commands, "audit", _audit, "check every invariant of the ledger")
+    add_audit(
+        commands,
+        add,
+        database_url=_database_url,
+        show=_show,
+        table=_table,
+        complain=_complain,
+    )
     add(commands, "doctor", _doctor, "check what the service depends on")
     _add_account(commands, add)
     _add_key(commands, add)
+    add_review(commands, add, _administer, duration=_duration, positive=_positive)
+    add_reconcile(commands, add, database_url=_database_url, show=_show, complain=_complain)
     return parser
 
 

@@ -21,7 +21,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from proxy.errors import ConfigurationError, MeteringUnavailableError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 4
 
 _CONNECT_OPTIONS: dict[str, Any] = {
     "autocommit": True,
@@ -257,7 +257,7 @@ def migrate(url: str, *, migrations: Path | None = None) -> tuple[int | None, in
 
     Loads `schema.sql` into an empty database, applies the migrations above its version to any
     other. Safe to run from several places at once. Raises ConfigurationError where the database is
-    newer than this program, or the login lacks the rights.
+    newer than this program, the login lacks the rights, or somebody reads a table for long.
     """
     directory = migrations or Path(__file__).parent / "migrations"
     try:
@@ -266,6 +266,12 @@ def migrate(url: str, *, migrations: Path | None = None) -> tuple[int | None, in
         msg = (
             f"this login may not migrate: {error.diag.message_primary}. Use one that may create "
             "roles and a schema, and give the service another that is a member of tallygate_app"
+        )
+        raise ConfigurationError(msg) from None
+    except psycopg.errors.LockNotAvailable:
+        msg = (
+            "the database is in use by a long report or a dump, and nothing was changed: migrate "
+            "again when that is over"
         )
         raise ConfigurationError(msg) from None
 

@@ -7,7 +7,7 @@ worth a look, a `fail` costs money or keeps the service from working.
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -252,7 +252,7 @@ def _overdue_holds(connection: psycopg.Connection[Any], grace_s: int) -> Check:
 # -------------------------------------------------------------------------------------------------
 
 
-async def check_litellm(url: str, key: str) -> list[Check]:
+async def check_litellm(url: str, key: str, free_models: Sequence[str] = ()) -> list[Check]:
     """Look at LiteLLM, with the key that the service has for it."""
     control = LiteLLMControl(url, key)
     try:
@@ -260,7 +260,7 @@ async def check_litellm(url: str, key: str) -> list[Check]:
             remedy = "start it, or put its address into TALLYGATE_LITELLM_URL"
             return [_check("litellm", f"no answer from {url}", remedy=remedy, bad="fail")]
         try:
-            models = read_models(await control.models())
+            models = read_models(await control.models(), free_models)
         except CONTROL_ERRORS as error:
             remedy = "put LiteLLM's master key into TALLYGATE_LITELLM_KEY"
             return [_check("litellm", describe(error), remedy=remedy, bad="fail")]
@@ -283,8 +283,8 @@ async def check_litellm(url: str, key: str) -> list[Check]:
         _check(
             "models",
             f"{priced} priced" + (f", unpriced: {_shown(unpriced)}" if unpriced else ""),
-            remedy="give them input_cost_per_token and output_cost_per_token in model_info: each"
-            " of their calls goes to review"
+            remedy="give them input_cost_per_token and output_cost_per_token in model_info, or name"
+            " them in free_models if they are free: each of their calls goes to review"
             if models
             else "add models to LiteLLM's model_list",
             bad="warn" if unpriced or not models else None,

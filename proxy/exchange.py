@@ -6,12 +6,20 @@ it runs after the answer is complete.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+)
 from typing import Any
 from uuid import UUID
 
 import msgspec
 
+from proxy.dialect import Dialect
 from proxy.errors import InvalidRequestError, RequestTooLargeError, TallygateError
 from proxy.ids import uuid7
 
@@ -33,6 +41,8 @@ class Exchange:
     ) -> None:
         self._stall_timeout_s = stall_timeout_s
         self._on_gone: Callable[[], None] | None = None
+        # Set by whoever knows which endpoint this is, before anything can fail.
+        self.dialect = Dialect.OPENAI
         self._receive = receive
         self._send = send
         self.request_id: UUID = uuid7()
@@ -43,6 +53,9 @@ class Exchange:
         self.status: int | None = None
         self.is_streaming = False
         self.is_gone = False
+        self._is_finished = False
+        # The loop's time of the last part that was sent.
+        self.sent_at = 0.0
         self._watcher: asyncio.Task[None] | None = None
 
     def header(self, name: bytes) -> str | None:
@@ -57,11 +70,15 @@ class Exchange:
 
     async def read_body(self, limit: int) -> bytes:
         """Read the whole body; RequestTooLargeError above `limit` bytes."""
+        parts = [part async for part in self.body_parts(limit)]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def body_parts(self, limit: int) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives; RequestTooLargeError above `limit` bytes."""
         declared = self._headers.get(b"content-length")
         if declared is not None and declared.isdigit() and int(declared) > limit:
             await self._discard(0)
             raise _too_large(limit)
-        parts: list[bytes] = []
         size = 0
         while True:
             message = await self._receive()
@@ -75,9 +92,9 @@ class Exchange:
                 if message.get("more_body", False):
                     await self._discard(size)
                 raise _too_large(limit)
-            parts.append(part)
+            yield part
             if not message.get("more_body", False):
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+                return
 
     async def _discard(self, size: int) -> None:
         while size <= _REFUSED_BODY_BYTES:
@@ -98,14 +115,17 @@ class Exchange:
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [
-                    *headers,
-                    (b"content-length", b"%d" % len(body)),
-                    (b"x-request-id", str(self.request_id).encode()),
-                ],
+                "headers": [*headers, (b"content-length", b"%d" % len(body)), *self._ids()],
             }
         )
         await self._send({"type": "http.response.body", "body": body})
+
+    def _ids(self) -> list[tuple[bytes, bytes]]:
+        request_id = str(self.request_id).encode()
+        if self.dialect is Dialect.ANTHROPIC:
+            # Where Anthropic's SDK looks for it.
+            return [(b"x-request-id", request_id), (b"request-id", request_id)]
+        return [(b"x-request-id", request_id)]
 
     async def respond_json(
         self, status: int, content: object, headers: Mapping[str, str] | None = None
@@ -116,21 +136,26 @@ class Exchange:
         await self.respond(status, msgspec.json.encode(content), pairs)
 
     async def respond_error(self, error: TallygateError) -> None:
-        """Send an error in OpenAI's shape."""
-        await self.respond_json(error.status, error.body(), error.response_headers())
+        """Send an error in the shape that the endpoint's clients know."""
+        body = self.dialect.error_body(error, self.request_id)
+        await self.respond_json(error.status, body, error.response_headers())
 
-    async def start(
-        self, headers: Iterable[tuple[bytes, bytes]], on_gone: Callable[[], None]
-    ) -> None:
-        """Begin a streamed answer; `on_gone` is called if the client hangs up before its end."""
+    def when_gone(self, on_gone: Callable[[], None]) -> None:
+        """Have `on_gone` called if the client hangs up before the answer's end, or has already."""
+        self._on_gone = on_gone
+        if self.is_gone:
+            on_gone()
+
+    async def start(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Begin a streamed answer."""
         self.status = 200
         self.is_streaming = True
-        self._on_gone = on_gone
+        self.sent_at = asyncio.get_running_loop().time()
         await self._send(
             {
                 "type": "http.response.start",
                 "status": 200,
-                "headers": [*headers, (b"x-request-id", str(self.request_id).encode())],
+                "headers": [*headers, *self._ids()],
             }
         )
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
@@ -151,8 +176,9 @@ class Exchange:
         A client that takes nothing for the stall timeout counts as gone: it would hold its money,
         a connection to the provider and this process's memory for as long as it likes.
         """
-        if self.is_gone:
+        if self.is_gone or self._is_finished:
             return
+        self.sent_at = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._stall_timeout_s):
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -162,6 +188,7 @@ class Exchange:
     async def finish(self, tail: bytes) -> None:
         """Send the last part of a streamed answer and end it."""
         self.stop_watching()
+        self._is_finished = True
         if self.is_gone:
             return
         try:

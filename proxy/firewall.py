@@ -13,13 +13,15 @@ The lists are our own; a test holds them against LiteLLM's.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NoReturn, cast
 
 import msgspec
 
 from proxy.errors import InvalidRequestError
 from proxy.wire.fields import Fields, is_null, value_of
+from proxy.wire.form import Form
 
 
 def _names(text: str) -> frozenset[str]:
@@ -55,6 +57,7 @@ _ONE_ROUTE = "`model` alone says what serves a request"
 _OWN_COST = "what it costs can't be told beforehand"
 _LIMITS = "limit an answer with max_tokens or max_completion_tokens, and n"
 _STATE = "it refers to what is kept under the operator's account"
+_ANOTHER = "this endpoint has no such parameter, and what it costs there is not reckoned here"
 
 # Spelled like LiteLLM and the providers do; compared without case, hyphens and underscores.
 _NAMES: Mapping[str, str] = {
@@ -83,6 +86,18 @@ _NAMES: Mapping[str, str] = {
     max_iterations max_budget_per_session cache_hit cache_control_injection_points background
     logging_obj service_logger_obj start_time completion_start_time complete_streaming_response
     async_complete_streaming_response combined_usage_object inherited_tags
+    end_time additional_args log_event_type httpx_response original_response raw_request_typed_dict
+    traceback_exception has_logged_async_success has_logged_async_failure
+    has_dispatched_final_stream_success prompt_cache_response_complete billed_failed_attempts
+    batch_usage batch_successful_requests batch_failed_requests request_data response_status
+    user_props prompt_integration first_message follow_redirects is_async completion adapter_id
+    realtime_tools realtime_tool_calls aget_responses acancel_responses adelete_responses
+    acompact_responses alist_input_items safeguards text_format
+    alerting_config allowed_fails allowed_fails_policy assistants_config cache_kwargs
+    cache_responses client_ttl debug_level default_max_parallel_requests default_priority
+    disable_cooldowns enable_pre_call_checks optional_pre_call_checks enable_weighted_failover
+    health_check_ignore_transient_errors health_check_staleness_threshold polling_interval
+    provider_budget_config search_tools set_verbose tag_filtering_match_any
     """: _OPERATORS,
     """
     api_key api_base api_version organization tenant_id client_id bucket_name use_xai_oauth
@@ -97,8 +112,14 @@ _NAMES: Mapping[str, str] = {
     web_search web_search_options search_parameters search_settings search_tool_name enable_search
     plugins connectors mcp_servers container data_sources context_management speed inference_geo
     performance_config compound_custom include_server_side_tool_invocations betas
-    additional_model_request_fields
+    additional_model_request_fields compaction
     """: _OWN_COST,
+    # Where LiteLLM turns a request of one API into one of another, it takes the other's parameters
+    # as well: ten answers of a chat, where nothing here reads `n`.
+    """
+    messages n max_tokens max_completion_tokens modalities audio prediction service_tier stream
+    partial_images system system_instruction
+    """: _ANOTHER,
     # Other providers' names for how much is said: they would outbid the limit that is reserved for.
     """
     best_of candidate_count sample_count num_return_sequences num_generations max_output_tokens
@@ -108,6 +129,7 @@ _NAMES: Mapping[str, str] = {
     """: _LIMITS,
     """
     cached_content previous_response_id conversation vector_store_id vector_store_ids file_ids
+    response_id container_id input_file_id file purpose
     """: _STATE,
 }
 
@@ -143,7 +165,7 @@ _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # runs, at a price (Gemini: `googleSearch`) or with the operator's credentials (`server_url`).
 _TOOL_MEMBERS = _names(
     """
-    type function custom name description parameters input_schema strict cache_control
+    type function custom name description parameters input_schema strict format cache_control
     input_examples eager_input_streaming defer_loading
     """
 )
@@ -151,29 +173,146 @@ _TOOL_TYPES = ("function", "custom", None)
 # LiteLLM runs functions of these names by itself where the operator set it up to.
 _LITELLM_TOOL = "litellm_"
 
-# The tiers at the price that is in the price list; the others are priced differently.
-_TIERS = (None, "auto", "default")
+# Anthropic's tools that the client runs: they cost the tokens of their calls and nothing else.
+_ANTHROPIC_CLIENT_TOOL = re.compile(r"(?:bash|text_editor|computer|memory)_20\d{6}")
+_ANTHROPIC_TOOL_MEMBERS = _TOOL_MEMBERS | _names(
+    "max_characters display_width_px display_height_px display_number enable_zoom"
+)
+
+# The tiers whose prices LiteLLM's price map has; `auto` is whatever the account is set to.
+_TIERS = (None, "auto", "default", "flex", "priority", "standard_only")
+
+# Anthropic's betas that change the tokens of an answer, and no price that we do not reckon with.
+_BETAS = re.compile(
+    r"(?:claude-code|interleaved-thinking|fine-grained-tool-streaming|token-efficient-tools"
+    r"|prompt-caching|extended-cache-ttl|output-128k|context-1m|computer-use|effort"
+    r"|structured-outputs|tool-examples|max-tokens-3-5-sonnet)-20\d{2}-\d{2}-\d{2}|claude-code-20\d{6}"
+)
 
 
-def check_body(fields: Fields) -> Fields:
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What an endpoint's bodies may hold.
+
+    `allowed` are the parameters of its reference. `is_open` is whether others may pass too, as
+    far as they are no setting of anybody's: then they can only change how many tokens an answer
+    has, which is bounded. Where an answer is not paid by the token they can't be let through.
+    `files` are the parts of a form that are files, and can't be texts.
+    """
+
+    allowed: frozenset[str]
+    is_open: bool = False
+    files: frozenset[str] = frozenset()
+
+
+CHAT = Policy(ALLOWED, is_open=True)
+COMPLETIONS = Policy(
+    _names(
+        """
+        model prompt stream stream_options n best_of max_tokens temperature top_p stop seed suffix
+        echo presence_penalty frequency_penalty logit_bias logprobs user
+        """
+    ),
+    is_open=True,
+)
+EMBEDDINGS = Policy(
+    _names("model input encoding_format dimensions user input_type truncate"), is_open=True
+)
+RESPONSES = Policy(
+    _names(
+        """
+        model input instructions stream stream_options max_output_tokens max_tool_calls temperature
+        top_p top_logprobs include parallel_tool_calls previous_response_id reasoning
+        safety_identifier prompt_cache_key prompt_cache_retention service_tier store text
+        tool_choice tools truncation user verbosity background
+        """
+    ),
+    is_open=True,
+)
+MESSAGES = Policy(
+    _names(
+        """
+        model messages system max_tokens stream stop_sequences temperature top_k top_p thinking
+        tools tool_choice service_tier output_config output_format cache_control
+        """
+    ),
+    is_open=True,
+)
+IMAGES = Policy(
+    _names(
+        """
+        model prompt n size quality style response_format background moderation output_format
+        output_compression user partial_images stream
+        """
+    )
+)
+IMAGE_EDITS = Policy(
+    IMAGES.allowed | _names("input_fidelity"), files=_names("image image[] mask mask[]")
+)
+SPEECH = Policy(_names("model input voice instructions response_format speed stream_format"))
+SOUND = Policy(
+    _names(
+        """
+        model language prompt response_format temperature timestamp_granularities
+        timestamp_granularities[] include include[] chunking_strategy stream
+        """
+    ),
+    files=frozenset({"file"}),
+)
+MODERATIONS = Policy(_names("model input"))
+RERANK = Policy(
+    _names(
+        """
+        model query documents top_n return_documents rank_fields max_chunks_per_doc
+        max_tokens_per_doc
+        """
+    )
+)
+
+
+def check_body(fields: Fields, policy: Policy = CHAT) -> Fields:
     """Return the members that may reach LiteLLM; raises InvalidRequestError for what may not."""
     passed: Fields = {}
     for name, value in fields.items():
-        if name in DROPPED or (name in _REFUSED_UNLESS_NULL and is_null(value)):
-            continue
-        if name not in ALLOWED:
-            _check_name(name)
+        if name not in policy.allowed:
+            if name in DROPPED or (name in _REFUSED_UNLESS_NULL and is_null(value)):
+                continue
+            _check_name(name, policy)
         passed[name] = value
     if value_of(fields.get("service_tier")) not in _TIERS:
         _refuse("service_tier", _OWN_COST)
+    check = _check_anthropic_tool if policy is MESSAGES else _check_tool
     for name in ("tools", "functions"):
-        _check_tools(name, fields.get(name))
+        _check_tools(name, fields.get(name), check)
     return passed
 
 
-def upstream_headers(request_id: str, master_key: str) -> dict[str, str]:
-    """Return all headers of a request to LiteLLM: none of the customer's is among them."""
-    return {
+def check_form(form: Form, policy: Policy) -> list[tuple[str, str]]:
+    """Return the texts of a form that may reach LiteLLM; raises InvalidRequestError."""
+    for file in form.files:
+        # A file by the name of a text would be read in its place, or go on unread.
+        if file.name not in policy.files:
+            _refuse(file.name, "no file is taken by that name")
+    given: set[str] = set()
+    for name, _ in form.texts:
+        if name in policy.files:
+            _refuse(name, "send it as a file")
+        if name in given and not name.endswith("[]"):
+            _refuse(name, "it is given more than once")
+        given.add(name)
+        if name not in policy.allowed and name not in DROPPED:
+            _check_name(name, policy)
+    return [(name, text) for name, text in form.texts if name in policy.allowed]
+
+
+def upstream_headers(
+    request_id: str, account_id: str, master_key: str, betas: str | None = None
+) -> dict[str, str]:
+    """Return all headers of a request to LiteLLM.
+
+    None of the customer's is among them, but for those of Anthropic's betas that are known.
+    """
+    headers = {
         "authorization": f"Bearer {master_key}",
         "content-type": "application/json",
         "accept": "application/json, text/event-stream",
@@ -181,15 +320,24 @@ def upstream_headers(request_id: str, master_key: str) -> dict[str, str]:
         "user-agent": "tallygate",
         # Both sides' records join on it.
         "x-litellm-call-id": request_id,
+        # For the witness inside LiteLLM, whose reports are looked up by it.
+        "x-tallygate-account": account_id,
     }
+    if betas is not None:
+        known = [beta for beta in betas.replace(",", " ").split() if _BETAS.fullmatch(beta)]
+        if known:
+            headers["anthropic-beta"] = ",".join(known)
+    return headers
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, policy: Policy) -> None:
     if not _NAME.fullmatch(name):
         _refuse(name, "no parameter of a model is named like that")
     squashed = _squashed(name)
-    if squashed in _SPELLINGS:
-        _refuse(name, f"write it as {_SPELLINGS[squashed]}")
+    for allowed in policy.allowed:
+        # `maxTokens` would go past our reading of `max_tokens`, and yet some provider reads it.
+        if _squashed(allowed) == squashed:
+            _refuse(name, f"write it as {allowed}")
     words = _HUMP.sub("_", name).lower().split("_")
     reasons = (
         _REFUSED_NAMES.get(squashed),
@@ -199,9 +347,15 @@ def _check_name(name: str) -> None:
     for reason in reasons:
         if reason is not None:
             _refuse(name, reason)
+    if not policy.is_open:
+        _refuse(name, "this endpoint has no such parameter")
 
 
-def _check_tools(name: str, member: msgspec.Raw | None) -> None:
+def _check_tools(
+    name: str,
+    member: msgspec.Raw | None,
+    check: Callable[[str, Mapping[str, object]], None],
+) -> None:
     if member is None or is_null(member):
         return
     tools = value_of(member)
@@ -210,7 +364,14 @@ def _check_tools(name: str, member: msgspec.Raw | None) -> None:
     for tool in cast("list[object]", tools):
         if not isinstance(tool, dict):
             raise InvalidRequestError(f"{name} must be a list of objects.", param=name)
-        _check_tool(name, cast("dict[str, object]", tool))
+        check(name, cast("dict[str, object]", tool))
+
+
+def _check_anthropic_tool(param: str, tool: Mapping[str, object]) -> None:
+    kind = tool.get("type")
+    is_known = isinstance(kind, str) and _ANTHROPIC_CLIENT_TOOL.fullmatch(kind)
+    if not is_known or tool.keys() - _ANTHROPIC_TOOL_MEMBERS:
+        _check_tool(param, tool)
 
 
 def _check_tool(param: str, tool: Mapping[str, object]) -> None:
@@ -252,5 +413,3 @@ def _each(lists: Mapping[str, str]) -> dict[str, str]:
 _REFUSED_NAMES = {_squashed(name): reason for name, reason in _each(_NAMES).items()}
 _REFUSED_WORDS = _each(_WORDS)
 _REFUSED_FIRST_WORDS = _each(_FIRST_WORDS)
-# `maxTokens` would go past our reading of `max_tokens` and yet be understood by some provider.
-_SPELLINGS = {_squashed(name): name for name in ALLOWED}

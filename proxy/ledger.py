@@ -89,6 +89,25 @@ class Settlement(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     client_gone: bool = False
     first_byte_ms: int | None = None
     duration_ms: int | None = None
+    input_characters: int | None = None
+    audio_ms: int | None = None
+    queries: int | None = None
+    service_tier: str | None = None
+    # What our own rating says, to be compared with the reported cost; None where it can't say.
+    rated_picos: int | None = None
+    answer_id: str | None = None
+
+
+class WitnessNote(msgspec.Struct, frozen=True):
+    """What the witness inside LiteLLM saw of one request; None for what it does not know."""
+
+    account_id: UUID
+    request_id: UUID
+    cost_picos: int | None
+    # How often LiteLLM asked a provider.
+    attempts: int | None
+    # Whether its cost contradicts the one that was charged: the request is put up for review.
+    mismatch: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +183,19 @@ class Ledger:
         """Expire holds that are overdue by `grace_s`; returns how many."""
         rows = await self._sweep.fetch("SELECT expire_holds($1, $2)", (str(limit), str(grace_s)))
         return int(rows[0][0] or 0)
+
+    async def note_witness(self, notes: Sequence[WitnessNote]) -> list[bool]:
+        """Write notes beside the usage of their requests, price and status untouched.
+
+        Returns for each whether it is written; where not, no such request has ended. Raises
+        psycopg's errors where the database is away.
+        """
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT outcome = 'noted' FROM note_witness(%s) ORDER BY ord",
+                (msgspec.json.encode(notes).decode(),),
+            )
+            return [row[0] for row in await cursor.fetchall()]
 
     async def ensure_partitions(self) -> None:
         """Have the partitions of this month and the next three."""

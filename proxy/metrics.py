@@ -44,6 +44,25 @@ SETTLEMENTS_REJECTED = Counter(
 )
 UPSTREAM_ERRORS = Counter("tallygate_upstream_errors", "Failures of LiteLLM or beyond", ["code"])
 REVIEWS = Counter("tallygate_reviews", "Requests put up for review", ["reason"])
+REVIEWS_RESOLVED = Counter(
+    "tallygate_reviews_resolved", "Requests that an operator has decided on", ["decision"]
+)
+COST_MISMATCHES = Counter(
+    "tallygate_cost_mismatches",
+    "Requests whose reported cost is not what our own rating says",
+    ["endpoint", "model"],
+)
+WITNESS_REPORTS = Counter(
+    "tallygate_witness_reports", "Reports from inside LiteLLM by what came of them", ["outcome"]
+)
+FAILED_ATTEMPTS = Counter(
+    "tallygate_failed_attempts", "Times that LiteLLM asked a provider in vain", ["model"]
+)
+FAILED_ATTEMPT_COST_USD = Counter(
+    "tallygate_failed_attempt_cost_usd",
+    "What LiteLLM says that providers took for what no customer got, in US dollars",
+    ["model"],
+)
 # Money is exact in the ledger; these are floats for graphs.
 SOLD_USD = Counter("tallygate_sold_usd", "What customers were charged, in US dollars")
 SOLD_CREDITS = Counter("tallygate_sold_credits", "What customers were charged, in credits")
@@ -60,6 +79,12 @@ STREAMS_OPEN = Gauge(
     "tallygate_requests_in_flight", "Requests being relayed", multiprocess_mode="livesum"
 )
 HOLDS_EXPIRED = Counter("tallygate_holds_expired", "Holds that the sweeper gave up on")
+REPLAYS = Counter("tallygate_replays", "Answers given again, uncharged", ["store"])
+REPLAY_STORE_BYTES = Gauge(
+    "tallygate_replay_store_bytes",
+    "Memory that keeps answers for SDKs' own retries",
+    multiprocess_mode="livesum",
+)
 
 
 # What a scrape reads from PostgreSQL and the spool, the same in every process: nobody counts it.
@@ -70,7 +95,13 @@ SCRAPED_GAUGES = {
     "tallygate_reserved_usd": "What they set aside, in US dollars",
     "tallygate_review_queue": "Requests that wait for an operator's review",
     "tallygate_review_oldest_seconds": "Age of the request that has waited longest",
+    "tallygate_reviews_waiting": "Requests that wait for an operator's review, by reason",
+    "tallygate_reconciliation_drift_usd": "What a provider's account says less what ours does",
+    "tallygate_reconciliation_age_seconds": "Since a provider's account was last compared",
+    "tallygate_reconciliation_within": "Whether nothing in it was beyond the tolerance",
     "tallygate_misplaced_rows": "Rows that fit no month's partition, counted up to 10,000",
+    "tallygate_audit_last_clean_timestamp_seconds": "When an audit found nothing; 0: never",
+    "tallygate_audit_findings": "Violations that the newest audit found",
     "tallygate_spool_bytes": "Settlements on this machine's disk that wait for PostgreSQL",
     "tallygate_settlements_rejected_waiting": "Settlements that wait for a human",
 }

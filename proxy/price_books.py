@@ -74,6 +74,18 @@ class PriceBooks:
             raise RuntimeError(msg)
         return int(row[0])
 
+    async def read(self, version: int) -> PublishedBook | None:
+        """Read a version, whether it is in force or not; None where there never was such."""
+        if self._current is not None and self._current.version == version:
+            return self._current
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT version, document, nanos_per_credit FROM price_books WHERE version = %s",
+                (version,),
+            )
+            row = await cursor.fetchone()
+        return None if row is None else PublishedBook(row[0], parse_price_book(row[1]), row[2])
+
     async def newest(self) -> int | None:
         """Read the newest version's number; None where nothing was published."""
         async with self._pool.connection() as connection:

@@ -76,8 +76,11 @@ def refusal(outcome: str) -> AuthenticationError | PermissionDeniedError:
         msg = f"This account is {outcome.removeprefix('account_')}. Contact the operator."
         return PermissionDeniedError(msg, code=outcome)
     if outcome == "key_revoked":
-        return AuthenticationError("This API key was revoked. Use another one.")
-    return AuthenticationError("This API key is not known here. Check that it was copied whole.")
+        return AuthenticationError("Incorrect API key provided: it was revoked. Use another one.")
+    # In OpenAI's words, by which LiteLLM's SDK knows what its exception is to be.
+    return AuthenticationError(
+        "Incorrect API key provided: it is not known here. Check that it was copied whole."
+    )
 
 
 def may_use_model(principal: Principal, model: str) -> bool:

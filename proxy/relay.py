@@ -6,120 +6,140 @@ of its answer leave; if this process dies first, the hold is left to the sweeper
 
 import asyncio
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
-import msgspec
 from prometheus_client import Counter, Histogram
 
 from proxy import firewall, metering, metrics
-from proxy.admission import Admission, Admitted
+from proxy.accounts import Principal
+from proxy.admission import Admission
+from proxy.byok import texts_with_key
 from proxy.call import Call
-from proxy.errors import TallygateError, UpstreamError, UpstreamProtocolError
+from proxy.endpoints import Endpoint
+from proxy.errors import (
+    NotFoundError,
+    TallygateError,
+    UpstreamError,
+    UpstreamProtocolError,
+)
 from proxy.exchange import Exchange
+from proxy.intake import Asked, Intake
+from proxy.keepalive import KeepAlive
 from proxy.ledger import Settlement
 from proxy.log import RequestLog
+from proxy.metering import MeteringPolicy
 from proxy.principals import Principals
+from proxy.repeats import Repeats
+from proxy.reports import Reports
 from proxy.settlement import Settler
 from proxy.streaming import StreamRelay
 from proxy.sweeper import Heartbeat
 from proxy.upstream import Upstream, UpstreamAnswer
-from proxy.wire.chat_answer import read_chat_answer
-from proxy.wire.chat_request import parse_chat_request, upstream_body
+from proxy.wire.answer import as_text, read_answer
+from proxy.wire.form import FormBody
+from proxy.wire.request import upstream_body
 
-_PATH = "/v1/chat/completions"
-_ENDPOINT = "chat.completions"
 _OK = 200
-
-
-@dataclass(frozen=True, slots=True)
-class RelayLimits:
-    """The relay's settings: bytes, and what to do with an answer that was cut."""
-
-    max_body_bytes: int
-    max_answer_bytes: int
-    charge_cut_streams: bool
+_JSON = b"application/json"
+_TEXT = b"text/plain; charset=utf-8"
 
 
 class Relay:
-    """Serves chat completions."""
+    """Serves every endpoint that is metered."""
 
     def __init__(
         self,
         *,
         principals: Principals,
         admission: Admission,
+        repeats: Repeats,
+        reports: Reports,
         upstream: Upstream,
         settler: Settler,
         heartbeat: Heartbeat,
+        keep_alive: KeepAlive,
         streams: StreamRelay,
+        intake: Intake,
+        policy: MeteringPolicy,
         master_key: str,
-        limits: RelayLimits,
+        max_answer_bytes: int,
         log: RequestLog,
     ) -> None:
         self._principals = principals
         self._admission = admission
+        self._repeats = repeats
+        self._reports = reports
         self._upstream = upstream
         self._settler = settler
         self._heartbeat = heartbeat
+        self._keep_alive = keep_alive
         self._streams = streams
+        self._policy = policy
         self._master_key = master_key
-        self._limits = limits
+        self._intake = intake
+        self._max_answer_bytes = max_answer_bytes
         self._log = log
 
-    async def chat(self, exchange: Exchange) -> None:
-        """Answer one chat completion, or the error that it ends in."""
+    async def serve(self, exchange: Exchange, endpoint: Endpoint) -> None:
+        """Answer one request, or with the error that it ends in."""
         started = time.monotonic()
+        exchange.dialect = endpoint.dialect
         model = "unknown"
+        asked: Asked | None = None
         metrics.STREAMS_OPEN.inc()
         try:
             key = exchange.virtual_key
             principal = await self._principals.authenticate(key)
-            request = parse_chat_request(await exchange.read_body(self._limits.max_body_bytes))
-            fields = firewall.check_body(request.fields)
-            admitted = await self._admission.admit(
-                exchange.request_id, key, principal, request, exchange.header
-            )
-            model = admitted.model.name
-            account_id = admitted.principal.account_id
-            self._heartbeat.add(account_id, exchange.request_id)
-            call = Call(exchange=exchange, request=request, admitted=admitted, started=started)
+            asked = await self._intake.read(exchange, endpoint)
+            await self._check_ownership(principal, asked.request.continues)
+            repeat = await self._repeats.begin(exchange, principal, endpoint.name, asked.identity)
+            if repeat.answer is not None:
+                # No hold is asked for, so nothing else would notice a key that was revoked.
+                await self._principals.authenticate(key, fresh=True)
+                await exchange.respond(
+                    repeat.answer.status, repeat.answer.body, repeat.answer.headers
+                )
+                return
             try:
-                await self._forward(call, fields)
+                admitted = await self._admission.admit(
+                    exchange.request_id,
+                    virtual_key=key,
+                    principal=principal,
+                    endpoint=endpoint,
+                    request=asked.request,
+                    header=exchange.header,
+                )
+                model = admitted.model.name
+                call = Call(exchange=exchange, admitted=admitted, repeat=repeat, started=started)
+                await self._carry_out(call, asked)
             finally:
-                self._heartbeat.remove(exchange.request_id)
+                await repeat.forget()
         except TallygateError as error:
             if isinstance(error, UpstreamError):
                 metrics.UPSTREAM_ERRORS.labels(error.code).inc()
-            if exchange.status is not None:
-                raise  # the answer has begun: all that is left is to break it off
-            await exchange.respond_error(error)
+            await _tell(exchange, endpoint, error)
         finally:
+            if asked is not None:
+                asked.close()
             metrics.STREAMS_OPEN.dec()
-            self._account_for(exchange, model, started)
+            self._account_for(exchange, endpoint.name, model, started)
 
-    async def _forward(self, call: Call, fields: Mapping[str, msgspec.Raw]) -> None:
-        admitted, reading = call.admitted, call.reading
-        body = upstream_body(
-            call.request,
-            fields=dict(fields),
-            output_limit=admitted.clamped_output,
-            api_key=admitted.provider_key,
-        )
-        headers = firewall.upstream_headers(str(call.exchange.request_id), self._master_key)
+    async def _check_ownership(self, principal: Principal, answer_id: str | None) -> None:
+        """Refuse a prompt that goes on from what is not this account's own stored answer."""
+        if answer_id is None:
+            return
+        if await self._reports.model_of_answer(principal.account_id, answer_id) is None:
+            msg = "This account has no response with that id."
+            raise NotFoundError(msg, code="response_not_found", param="previous_response_id")
+
+    async def _carry_out(self, call: Call, asked: Asked) -> None:
+        """Forward an admitted request and settle it, whatever comes of it."""
+        exchange, reading = call.exchange, call.reading
+        self._heartbeat.add(call.admitted.principal.account_id, exchange.request_id)
+        if call.request.stream and call.endpoint.is_events:
+            self._keep_alive.add(call)
         try:
-            answer = await self._upstream.post(_PATH, body, headers)
-            try:
-                reading.upstream_status = answer.status
-                if answer.status != _OK:
-                    raise await self._upstream.failure(answer, is_byok=admitted.is_byok)
-                if call.request.stream:
-                    await self._streams.relay(call, answer)
-                else:
-                    await self._whole(call, answer)
-            finally:
-                answer.close()
+            await self._forward(call, asked)
         except TallygateError as error:
             if reading.duration_ms is None:  # not settled yet
                 await self._settler.submit(self._unfinished(call, error.code))
@@ -134,47 +154,93 @@ class Relay:
             if reading.duration_ms is None:
                 await self._settler.submit(self._unfinished(call, "internal_error"))
             raise
+        finally:
+            self._keep_alive.remove(call)
+            self._heartbeat.remove(exchange.request_id)
+
+    async def _forward(self, call: Call, asked: Asked) -> None:
+        answer = await self._send(call, asked)
+        try:
+            call.reading.upstream_status = answer.status
+            if answer.status != _OK:
+                raise await self._upstream.failure(answer, is_byok=call.admitted.is_byok)
+            if call.request.stream:
+                await self._streams.relay(call, answer)
+            else:
+                await self._whole(call, answer)
+        finally:
+            answer.close()
+
+    async def _send(self, call: Call, asked: Asked) -> UpstreamAnswer:
+        admitted, endpoint = call.admitted, call.endpoint
+        headers = firewall.upstream_headers(
+            str(admitted.request_id),
+            str(admitted.principal.account_id),
+            self._master_key,
+            call.exchange.header(b"anthropic-beta"),
+        )
+        if call.request.form is not None:
+            key = admitted.provider_key
+            extra = {} if key is None else texts_with_key(key)
+            form = FormBody(asked.texts, call.request.form.files, extra)
+            return await self._upstream.post(
+                endpoint.path, form.chunks(), {**headers, **form.headers}
+            )
+        body = upstream_body(
+            call.request,
+            fields=asked.fields,
+            output_limit=admitted.output_limit,
+            api_key=admitted.provider_key,
+            output_limits=endpoint.output_limits,
+            reports_usage=endpoint.reports_usage,
+        )
+        return await self._upstream.post(endpoint.path, body, headers)
 
     def _unfinished(self, call: Call, code: str) -> Settlement:
         """Settle a request that failed: for review if a part was delivered, else as void."""
         reading = call.reading
         reading.error_code = code
         reading.duration_ms = call.milliseconds()
-        if not call.exchange.is_streaming:
+        if not call.has_delivered:
             return metering.void(call.admitted, reading)
         reading.incomplete = "stream_cut"
-        return metering.settle(
-            call.admitted, reading, charge_incomplete=self._limits.charge_cut_streams
-        )
+        return metering.settle(call.admitted, reading, self._policy)
 
-    async def _whole(self, call: Call, answer: UpstreamAnswer) -> None:
-        admitted, reading = call.admitted, call.reading
-        body = await answer.read(self._limits.max_answer_bytes)
-        chat = read_chat_answer(body)
-        if not chat.is_valid:
+    async def _whole(self, call: Call, upstream_answer: UpstreamAnswer) -> None:
+        reading = call.reading
+        answer = read_answer(
+            await upstream_answer.read(self._max_answer_bytes), call.endpoint.answer
+        )
+        if not answer.is_valid:
             msg = "The provider's answer could not be understood. Nothing was charged."
             raise UpstreamProtocolError(msg)
-        reading.cost_text = answer.headers.get("x-litellm-response-cost")
-        reading.cost_source = "header"
-        reading.usage = chat.usage
-        reading.model_answered = chat.model
+        metering.read_cost_headers(reading, upstream_answer.headers)
+        reading.usage = answer.usage
+        reading.model_answered = answer.model
+        reading.answer_id = answer.answer_id
+        reading.service_tier = answer.service_tier
         reading.first_byte_ms = reading.duration_ms = call.milliseconds()
-        settlement = metering.settle(
-            admitted, reading, charge_incomplete=self._limits.charge_cut_streams
-        )
+        settlement = metering.settle(call.admitted, reading, self._policy)
+        body = as_text(answer.body) if call.request.is_text else answer.body
+        headers = call.headers(_TEXT if call.request.is_text else _JSON)
+        if settlement.price is not None:
+            charged = call.admitted.credits_text(settlement.price)
+            headers.append((b"x-tallygate-charge-credits", charged.encode()))
+        await call.repeat.keep(call.exchange, headers, body)
         await self._settler.settle(settlement)
-        await call.exchange.respond(_OK, chat.body, _answer_headers(admitted, settlement.price))
+        call.repeat.charged()
+        await call.exchange.respond(_OK, body, headers)
 
-    def _account_for(self, exchange: Exchange, model: str, started: float) -> None:
+    def _account_for(self, exchange: Exchange, endpoint: str, model: str, started: float) -> None:
         """Count and log the request; what the log says names no key and quotes no prompt."""
         seconds = time.monotonic() - started
-        requests, latency = _observers(model, str(exchange.status or 499))
+        requests, latency = _observers(endpoint, model, str(exchange.status or 499))
         requests.inc()
         latency.observe(seconds)
         self._log.write(
             {
                 "request_id": exchange.request_id,
-                "endpoint": _ENDPOINT,
+                "endpoint": endpoint,
                 "model": model,
                 "status": exchange.status,
                 "streamed": exchange.is_streaming,
@@ -184,20 +250,20 @@ class Relay:
         )
 
 
+async def _tell(exchange: Exchange, endpoint: Endpoint, error: TallygateError) -> None:
+    """Answer with an error, in whatever way is still open."""
+    if exchange.status is None:
+        await exchange.respond_error(error)
+    elif exchange.is_streaming and endpoint.is_events:
+        await exchange.finish(endpoint.dialect.error_event(error, exchange.request_id))
+    else:
+        raise error  # the answer has begun: all that is left is to break it off
+
+
 @lru_cache(maxsize=4096)
-def _observers(model: str, status: str) -> tuple[Counter, Histogram]:
+def _observers(endpoint: str, model: str, status: str) -> tuple[Counter, Histogram]:
     """Looking a metric's child up takes longer than counting on it."""
     return (
-        metrics.REQUESTS.labels(_ENDPOINT, model, status),
-        metrics.REQUEST_SECONDS.labels(_ENDPOINT, model, status),
+        metrics.REQUESTS.labels(endpoint, model, status),
+        metrics.REQUEST_SECONDS.labels(endpoint, model, status),
     )
-
-
-def _answer_headers(admitted: Admitted, price_nanos: int | None) -> list[tuple[bytes, bytes]]:
-    """Headers of a whole answer; none of LiteLLM's own, which tell of the inside."""
-    headers = [(b"content-type", b"application/json")]
-    headers += [(name.encode(), value.encode()) for name, value in admitted.headers.items()]
-    if price_nanos is not None:
-        charged = admitted.credits_text(price_nanos)
-        headers.append((b"x-tallygate-charge-credits", charged.encode()))
-    return headers

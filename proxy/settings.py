@@ -48,7 +48,7 @@ class UpstreamSettings(_Section):
 
     connect_timeout_s: float = Field(default=5.0, gt=0)
     # Between two bytes of an answer; a reasoning model may think for minutes before the first.
-    read_timeout_s: float = Field(default=600.0, gt=0)
+    read_timeout_s: float = Field(default=900.0, gt=0)
     max_connections: int = Field(default=2000, ge=1)
     max_answer_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
     max_event_bytes: int = Field(default=16 * 1024 * 1024, ge=1024)
@@ -56,6 +56,19 @@ class UpstreamSettings(_Section):
     drain_timeout_s: float = Field(default=120.0, gt=0)
     drain_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
     catalog_refresh_s: float = Field(default=30.0, gt=0)
+
+
+class RepeatSettings(_Section):
+    """Answers that are kept for requests that come again."""
+
+    # With the client's Idempotency-Key: in PostgreSQL, for every replica.
+    idempotency_ttl_s: int = Field(default=86_400, ge=60)
+    idempotency_answer_bytes: int = Field(default=1024 * 1024, ge=0)
+    idempotency_account_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
+    # An SDK's own retry: in the memory of each worker.
+    retry_ttl_s: float = Field(default=120.0, ge=0)
+    retry_answer_bytes: int = Field(default=4 * 1024 * 1024, ge=0)
+    retry_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
 
 
 class HoldSettings(_Section):
@@ -102,6 +115,8 @@ class Settings(BaseSettings):
     litellm_key: SecretStr | None = None
     admin_key: SecretStr | None = None
     ops_token: SecretStr | None = None
+    # What the witness inside LiteLLM authenticates with; without one nobody's reports are taken.
+    witness_token: SecretStr | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=4000, ge=0, le=65535)
     workers: int = Field(default=1, ge=1, le=64)
@@ -112,14 +127,24 @@ class Settings(BaseSettings):
     starter_credits: DecimalText = "1000"
     default_tier: str = "default"
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
+    # A form with files, which is on disk while it is under way.
+    max_upload_bytes: int = Field(default=128 * 1024 * 1024, ge=1024)
     shutdown_timeout_s: int = Field(default=120, ge=1)
     # A client that takes nothing of its stream for so long counts as gone.
     client_stall_timeout_s: float = Field(default=60.0, gt=0)
+    # A stream in which nothing was said for so long gets a comment.
+    keep_alive_s: float = Field(default=15.0, gt=0)
+    # Names or patterns of models whose price of zero is meant: LiteLLM says zero of unknown
+    # prices too.
+    free_models: list[str] = []
+    # How far a cost that LiteLLM reports may be from our own rating, in parts per million.
+    cost_tolerance_ppm: int = Field(default=10_000, ge=0)
     # A stream that the provider cut: void and review (False), or charge what was delivered.
     charge_cut_streams: bool = False
 
     upstream: UpstreamSettings = UpstreamSettings()
     holds: HoldSettings = HoldSettings()
+    repeats: RepeatSettings = RepeatSettings()
     admission: AdmissionSettings = AdmissionSettings()
     # Header name -> the provider whose models the key may be used for; "*" for any.
     byok_headers: dict[str, str] = {

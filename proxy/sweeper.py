@@ -14,18 +14,28 @@ from uuid import UUID
 from proxy.db import CONNECTION_ERRORS
 from proxy.ledger import Ledger
 from proxy.metrics import HOLDS_EXPIRED, REVIEWS
+from proxy.replays import IdempotencyStore
 
 log = logging.getLogger(__name__)
 
 _SWEEP_LIMIT = 200
+_PURGE_LIMIT = 1000
 _PARTITIONS_EVERY_S = 6 * 3600
 
 
 class Sweeper:
     """Expires overdue holds, at random times so that replicas don't come all at once."""
 
-    def __init__(self, ledger: Ledger, *, interval_s: float, grace_s: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        idempotency: IdempotencyStore,
+        *,
+        interval_s: float,
+        grace_s: int,
+    ) -> None:
         self._ledger = ledger
+        self._idempotency = idempotency
         self._interval_s = interval_s
         self._grace_s = grace_s
 
@@ -44,7 +54,7 @@ class Sweeper:
         return total
 
     async def run(self) -> None:
-        """Sweep and keep partitions ahead of time, until cancelled."""
+        """Sweep, forget old idempotency keys, keep partitions ahead of time; until cancelled."""
         partitions_due = 0.0
         while True:
             try:
@@ -54,6 +64,8 @@ class Sweeper:
                 # After an outage the spools of all proxies go first: see HoldSettings.
                 await asyncio.sleep(self._interval_s * random.uniform(0.5, 1.5))  # noqa: S311
                 await self.sweep()
+                while await self._idempotency.purge(limit=_PURGE_LIMIT) == _PURGE_LIMIT:
+                    pass
             except CONNECTION_ERRORS as error:
                 log.warning("sweeper can't reach PostgreSQL", extra={"error": type(error).__name__})
                 await asyncio.sleep(1)

@@ -30,6 +30,7 @@ from proxy.accounts import Accounts, KeyLimits, NewKey
 from proxy.db import make_pool, migrate
 from proxy.embedded.keeper import ChildFailedError, Keeper, rotate, tail
 from proxy.embedded.litellm import LiteLLMChild
+from proxy.embedded.litellm_config import WitnessAddress
 from proxy.embedded.postgres import EmbeddedPostgres
 from proxy.errors import ConfigurationError
 from proxy.ids import uuid7
@@ -60,6 +61,7 @@ class UpOptions:
     litellm_key: str | None
     litellm: Mapping[str, Any]
     admin_key: str | None
+    witness_token: str | None
     starter_credits: str
     nanos_per_credit: int
     tier: str
@@ -139,6 +141,11 @@ def admin_key_path(data_dir: Path) -> Path:
     return data_dir / "admin.key"
 
 
+def witness_token_path(data_dir: Path) -> Path:
+    """Return where the token of the witness inside LiteLLM is kept if the operator set none."""
+    return data_dir / "witness.token"
+
+
 def litellm_key_path(data_dir: Path) -> Path:
     """Return where the master key of the LiteLLM child is kept."""
     return data_dir / "litellm.key"
@@ -164,9 +171,13 @@ def _bring_up(options: UpOptions, children: contextlib.ExitStack) -> Announcemen
     children.enter_context(_lock(options.data_dir))
     wait_for_port(options.host, options.port, timeout_s=PORT_TIMEOUT_S)
     litellm_key = _litellm_key(options)
+    witness = WitnessAddress(
+        _base_url(options),
+        options.witness_token or kept_secret(witness_token_path(options.data_dir)),
+    )
     with ThreadPoolExecutor(max_workers=1) as executor:
         # LiteLLM takes as long as all the rest together.
-        litellm = executor.submit(_litellm(options, litellm_key, children))
+        litellm = executor.submit(_litellm(options, litellm_key, witness, children))
         try:
             database_url = options.database_url or _start_postgres(options.data_dir, children)
             migrate(database_url)
@@ -182,6 +193,7 @@ def _bring_up(options: UpOptions, children: contextlib.ExitStack) -> Announcemen
             "TALLYGATE_LITELLM_URL": litellm_url,
             "TALLYGATE_LITELLM_KEY": litellm_key,
             "TALLYGATE_ADMIN_KEY": admin_key,
+            "TALLYGATE_WITNESS_TOKEN": witness.token,
         },
     )
     # Pushed after the others, so that it is stopped before them.
@@ -214,14 +226,30 @@ def _litellm_key(options: UpOptions) -> str:
     return options.litellm_key or ""
 
 
-def _litellm(options: UpOptions, key: str, children: contextlib.ExitStack) -> Callable[[], str]:
+def _litellm(
+    options: UpOptions, key: str, witness: WitnessAddress, children: contextlib.ExitStack
+) -> Callable[[], str]:
     """Return what starts LiteLLM and tells its URL; stopping it is seen to from now on."""
     url = options.litellm_url
     if url is not None:
         return lambda: url
-    litellm = LiteLLMChild(options.litellm, data_dir=options.data_dir, master_key=key)
+    litellm = LiteLLMChild(
+        options.litellm, data_dir=options.data_dir, master_key=key, witness=witness
+    )
     children.callback(litellm.stop)
     return litellm.start
+
+
+def _reachable(host: str) -> str:
+    """Return where a service is reached: if it listens everywhere, on loopback."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(  # noqa: S104 - compared
+        host, host
+    )
+
+
+def _base_url(options: UpOptions) -> str:
+    host = _reachable(options.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
 
 
 @contextlib.contextmanager
@@ -276,12 +304,8 @@ class _Service:
     """`tallygate serve` as a child, with its log at `data_dir/logs/tallygate.log`."""
 
     def __init__(self, options: UpOptions, environ: Mapping[str, str]) -> None:
-        # Where it listens everywhere, it is reached on loopback.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(  # noqa: S104 - compared
-            options.host, options.host
-        )
-        self._address = host, options.port
-        self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+        self._address = _reachable(options.host), options.port
+        self.base_url = _base_url(options)
         self.log_path = options.data_dir / "logs" / "tallygate.log"
         self._stop_timeout_s = options.shutdown_timeout_s + STOP_MARGIN_S
         self._environ = {

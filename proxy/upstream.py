@@ -17,6 +17,7 @@ from yarl import URL
 from proxy.errors import (
     InvalidProviderKeyError,
     InvalidRequestError,
+    NotFoundError,
     RequestTooLargeError,
     TallygateError,
     UpstreamError,
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 # sent into a closing one would fail for nothing.
 _KEEPALIVE_S = 4.0
 _MAX_ERROR_BYTES = 64 * 1024
+# More than there are endpoints; the addresses of stored answers are not worth keeping.
+_MAX_URLS = 64
 
 
 # What no error body of JSON is: bytes that are none, no UTF-8, or nested beyond the stack.
@@ -100,7 +103,19 @@ class Upstream:
             read_bufsize=256 * 1024,
         )
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> UpstreamAnswer:
+    async def post(
+        self, path: str, body: bytes | AsyncIterator[bytes], headers: Mapping[str, str]
+    ) -> UpstreamAnswer:
+        """Send a POST: see `send`. A body that is read as it goes needs its length in a header."""
+        return await self.send("POST", path, body, headers)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str],
+    ) -> UpstreamAnswer:
         """Send a request and wait for the answer's headers.
 
         Raises UpstreamUnavailableError, UpstreamTimeoutError or UpstreamError; an answer with an
@@ -108,10 +123,12 @@ class Upstream:
         """
         url = self._urls.get(path)
         if url is None:
-            url = self._urls[path] = URL(self._base + path, encoded=True)
+            url = URL(self._base + path, encoded=True)
+            if len(self._urls) < _MAX_URLS:
+                self._urls[path] = url
         try:
-            response = await self._session.post(
-                url, data=body, headers=headers, allow_redirects=False
+            response = await self._session.request(
+                method, url, data=body, headers=headers, allow_redirects=False
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             msg = "The model service can't be reached. Nothing was charged; try again shortly."
@@ -157,6 +174,11 @@ def explain_failure(
             )
         case 401 | 403 if is_byok:
             error = InvalidProviderKeyError("The provider refused the key that you sent for it.")
+        case 404 if message is None:
+            error = NotFoundError(
+                "The model service behind this address does not offer this endpoint.",
+                code="unsupported_endpoint",
+            )
         case 408 | 504:
             error = UpstreamTimeoutError(
                 "The provider did not answer in time. Nothing was charged."
@@ -217,12 +239,22 @@ def _read_error(body: bytes) -> tuple[str | None, str | None, str | None]:
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _WRAPPING = re.compile(r"^(?:litellm\.\w+:\s*|\w+Exception\s*-\s*|\w+Error:\s*)+")
 _ROUTING = re.compile(
-    r"[.\s]*(?:Received Model Group=|Available Model Group Fallbacks=).*", re.DOTALL
+    r"[.\s]*(?:Received Model Group=|Available Model Group Fallbacks=|LiteLLM: model group ).*",
+    re.DOTALL,
 )
 _SECRETS = re.compile(r"\b(?:sk|pk|key|AIza)[-_A-Za-z0-9*]{8,}|https?://\S+")
 
 
 def public_message(text: str) -> str:
     """A provider's error text without LiteLLM's wrapping, its routing, keys and addresses."""
-    text = _ROUTING.sub("", _WRAPPING.sub("", text.strip()))
-    return _SECRETS.sub("[removed]", text)[:2000]
+    text = _ROUTING.sub("", _WRAPPING.sub("", text.strip())).strip()
+    return _SECRETS.sub("[removed]", _quoted_message(text) or text)[:2000]
+
+
+def _quoted_message(text: str) -> str | None:
+    """The message in a provider's whole body, where LiteLLM put that into its own."""
+    try:
+        message = msgspec.json.decode(text)["error"]["message"]
+    except (*UNREADABLE, KeyError, TypeError):
+        return None
+    return message if isinstance(message, str) else None

@@ -14,7 +14,8 @@ from starlette.routing import Route
 
 from pricing.money import MAX_AMOUNT
 from proxy.accounts import KeyLimits
-from proxy.api.bodies import Grant, KeyBody, NewAccount, nanos_of, read_body
+from proxy.api.admin_reviews import ReviewApi
+from proxy.api.bodies import AccountOptions, Grant, KeyBody, NewAccount, nanos_of, read_body
 from proxy.api.pages import page_by_integer, page_by_uuid
 from proxy.api.services import Services
 from proxy.api.shapes import Shapes, audit_event
@@ -42,6 +43,7 @@ class AdminApi:
         self._accounts = services.accounts
         self._ledger = services.ledger
         self._reports = services.reports
+        self._reviews = ReviewApi(services)
         self._shapes = Shapes(services.nanos_per_credit)
         self._nanos_per_credit = services.nanos_per_credit
         self._default_tier = services.default_tier
@@ -52,18 +54,18 @@ class AdminApi:
         lists = {
             "/accounts/{account_id}/usage": self._usage,
             "/accounts/{account_id}/ledger": self._entries,
-            "/reviews": self._reviews,
             "/price-books": self._price_books,
             "/audit-trail": self._audit_trail,
         }
         return [
             self._resource(_ROOT + "/accounts", GET=self._list_accounts, POST=self._new_account),
-            self._resource(_ACCOUNT, GET=self._one_account),
+            self._resource(_ACCOUNT, GET=self._one_account, PATCH=self._change_account),
             self._resource(_ACCOUNT + "/balance", GET=self._balance),
             self._resource(_ACCOUNT + "/grants", POST=self._grant),
             self._resource(_ACCOUNT + "/keys", GET=self._list_keys, POST=self._new_key),
             self._resource(_ACCOUNT + "/keys/{key_id}", DELETE=self._revoke_key),
             *[self._resource(_ROOT + path, GET=handler) for path, handler in lists.items()],
+            *self._reviews.routes(_ROOT + "/reviews", self._resource),
         ]
 
     def _resource(self, path: str, **handlers: Handler) -> Route:
@@ -109,6 +111,14 @@ class AdminApi:
 
     async def _one_account(self, request: Request) -> Response:
         return answer(self._shapes.account(await self._account(request)))
+
+    async def _change_account(self, request: Request) -> Response:
+        account_id: UUID = (await self._account(request))["account_id"]
+        body = await read_body(exchange_of(request), AccountOptions)
+        await self._accounts.set_options(
+            account_id, replay_retries=body.replay_retries, actor=_ACTOR
+        )
+        return answer(self._shapes.account(await self._row(account_id)))
 
     async def _balance(self, request: Request) -> Response:
         account = self._shapes.account(await self._account(request))
@@ -207,11 +217,6 @@ class AdminApi:
             account["account_id"], before=page.before, limit=page.limit
         )
         return answer(page.show(rows, "seq", self._shapes.admin_entry))
-
-    async def _reviews(self, request: Request) -> Response:
-        page = page_by_uuid(request)
-        rows = await self._reports.reviews(before=page.before, limit=page.limit)
-        return answer(page.show(rows, "request_id", self._shapes.admin_usage))
 
     async def _price_books(self, request: Request) -> Response:
         page = page_by_integer(request)

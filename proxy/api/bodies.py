@@ -6,6 +6,7 @@ taken as well, which are exact.
 
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal, TypeVar
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -19,13 +20,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from pricing.errors import InvalidAmountError
-from pricing.money import nanos_from_credits
+from pricing.money import nanos_from_credits, picos_from_usd
 from proxy.errors import InvalidRequestError
 from proxy.exchange import Exchange
 
 MAX_BODY_BYTES = 64 * 1024
 # A billion dollars: far above any account, and far enough below what a balance can hold.
 _MAX_AMOUNT_NANOS = 10**18
+# A million dollars for one request.
+_MAX_COST_PICOS = 10**18
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
 _MAX_LIFETIME = timedelta(days=36500)
@@ -77,6 +80,12 @@ class NewAccount(_Body):
     credit_limit: Credits = "0"
 
 
+class AccountOptions(_Body):
+    """PATCH /admin/v1/accounts/{id}: how the account is served; what is left out stays as it is."""
+
+    replay_retries: bool
+
+
 class Grant(_Body):
     """POST …/grants. The reference makes it safe to send again."""
 
@@ -108,6 +117,16 @@ class KeyBody(_Body):
     tokens_per_minute: Annotated[int, Field(ge=1, le=_MAX_INT64)] | None = None
     max_concurrency: Count | None = None
     budget: Budget | None = None
+
+
+class ReviewDecision(_Body):
+    """POST /admin/v1/reviews/{request_id}: a price in credits, or a cost that is priced."""
+
+    account_id: UUID
+    decision: Literal["charge", "waive", "reprice"]
+    credits: Credits | None = None
+    cost_usd: Credits | None = None
+    reason: Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 Model = TypeVar("Model", bound=_Body)
@@ -155,3 +174,14 @@ def nanos_of(credits_: str, nanos_per_credit: int, *, param: str, minimum: int =
         message = f"{param} must be {bound} and worth at most a billion US dollars."
         raise InvalidRequestError(message, param=param)
     return nanos
+
+
+def picos_of(usd: str, *, param: str) -> int:
+    """Turn a cost in US dollars into picos; InvalidRequestError unless it is one and in bounds."""
+    try:
+        picos = picos_from_usd(usd)
+    except InvalidAmountError as error:
+        raise InvalidRequestError(f"{param}: {error}.", param=param) from None
+    if picos > _MAX_COST_PICOS:
+        raise InvalidRequestError(f"{param} must be at most a million US dollars.", param=param)
+    return picos

@@ -169,6 +169,7 @@ class _Scraped(Collector):
         *,
         catalog_age_s: float,
     ) -> None:
+        self._labelled: list[GaugeMetricFamily] = []
         self._values: dict[str, float] = {
             "tallygate_catalog_age_seconds": catalog_age_s,
             "tallygate_postgresql_up": 0 if operations is None else 1,
@@ -182,9 +183,34 @@ class _Scraped(Collector):
                 "tallygate_review_queue": operations.reviews,
                 "tallygate_review_oldest_seconds": operations.oldest_review_s,
                 "tallygate_misplaced_rows": operations.misplaced_rows,
+                "tallygate_audit_last_clean_timestamp_seconds": operations.audit_clean_at,
+                "tallygate_audit_findings": operations.audit_findings,
             }
+            self._labelled = _labelled(operations)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Yield the gauges whose values are known."""
         for name, value in self._values.items():
             yield GaugeMetricFamily(name, SCRAPED_GAUGES[name], value=value)
+        yield from self._labelled
+
+
+def _labelled(operations: Operations) -> list[GaugeMetricFamily]:
+    waiting = _gauge("tallygate_reviews_waiting", "reason")
+    for reason, number in operations.reviews_by_reason.items():
+        waiting.add_metric([reason], number)
+    reconciled = {
+        "drift_usd": _gauge("tallygate_reconciliation_drift_usd", "source"),
+        "age_s": _gauge("tallygate_reconciliation_age_seconds", "source"),
+        "within": _gauge("tallygate_reconciliation_within", "source"),
+    }
+    for source, found in operations.reconciliations.items():
+        for name, gauge in reconciled.items():
+            value = found[name]
+            if value is not None:
+                gauge.add_metric([source], value)
+    return [waiting, *reconciled.values()]
+
+
+def _gauge(name: str, label: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, SCRAPED_GAUGES[name], labels=[label])

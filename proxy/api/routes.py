@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 
 from proxy.api.account import AccountApi
 from proxy.api.admin import AdminApi
+from proxy.api.internal import InternalApi
 from proxy.api.ops import Ops
 from proxy.api.services import Services
 from proxy.api.web import Envelope, refuse_route
@@ -17,12 +18,13 @@ Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 
 def make_application(services: Services, lifespan: Lifespan) -> Starlette:
-    """Put the account API, the admin API and the ops endpoints together."""
+    """Put the account API, the admin API, the ops endpoints and the internal one together."""
     application = Starlette(
         routes=[
             *Ops(services).routes(),
             *AccountApi(services).routes(),
             *AdminApi(services).routes(),
+            *InternalApi(services).routes(),
         ],
         middleware=[Middleware(Envelope)],
         exception_handlers={HTTPException: refuse_route},

@@ -6,12 +6,15 @@ from proxy.accounts import Accounts
 from proxy.catalog import Catalog
 from proxy.control import LiteLLMControl
 from proxy.db import Pool
+from proxy.estimates import Estimator
 from proxy.ledger import Ledger
 from proxy.price_books import PriceBooks
 from proxy.principals import Principals
 from proxy.relay import Relay
 from proxy.reports import Reports
 from proxy.spool import Spool
+from proxy.unmetered import Unmetered
+from proxy.witness import WitnessReports
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,13 @@ class Services:
     catalog: Catalog
     control: LiteLLMControl
     relay: Relay
+    unmetered: Unmetered
+    estimator: Estimator
+    witness: WitnessReports
     spool: Spool
     admin_key: str | None
     ops_token: str | None
+    witness_token: str | None
     default_tier: str
     nanos_per_credit: int
     client_stall_timeout_s: float

@@ -14,7 +14,7 @@ from proxy.ledger import Balance
 Row = Mapping[str, Any]
 Shape = dict[str, object]
 
-_TOKEN_CLASSES = (
+_COUNTS = (
     "input_tokens",
     "cached_input_tokens",
     "cache_creation_tokens",
@@ -26,8 +26,11 @@ _TOKEN_CLASSES = (
     "image_input_tokens",
     "image_output_tokens",
     "images",
+    "input_characters",
+    "audio_ms",
+    "queries",
 )
-_REQUEST_KINDS = frozenset({"hold", "capture", "void", "expire", "late_capture"})
+_REQUEST_KINDS = frozenset({"hold", "capture", "void", "expire", "late_capture", "correction"})
 _NO_ACCOUNT = UUID(int=0)
 
 
@@ -57,6 +60,7 @@ class Shapes:
             "name": row["name"],
             "tier": row["tier"],
             "status": row["status"],
+            "replay_retries": row["replay_retries"],
             "created_at": utc(row["created_at"]),
             "balance": self.balance(balance),
             "credit_limit": self.money(balance.credit_limit),
@@ -91,13 +95,13 @@ class Shapes:
             "endpoint": row["endpoint"],
             "model": row["model"],
             "status": row["status"],
-            "usage": {name: row[name] for name in _TOKEN_CLASSES},
+            "usage": {name: row[name] for name in _COUNTS},
             "price": None if price is None else self.money(price),
         }
 
     def admin_usage(self, row: Row) -> Shape:
         """Render a request as the operator sees it, with both sides of its money."""
-        cost, markup = row["cost_picos"], row["markup_ppm"]
+        markup = row["markup_ppm"]
         return {
             **self.usage(row),
             "account_id": row["account_id"],
@@ -107,16 +111,20 @@ class Shapes:
             "byok": row["byok"],
             "model_answered": row["model_answered"],
             "settled_at": utc(row["settled_at"]),
-            "cost": None
-            if cost is None
-            else {"usd": usd_text_from_picos(cost), "picos": str(cost)},
+            "cost": _cost(row["cost_picos"]),
             "cost_source": row["cost_source"],
+            "rated_cost": _cost(row["rated_picos"]),
+            "witness_cost": _cost(row["witness_picos"]),
+            "attempts": row["attempts"],
+            "answer_id": row["answer_id"],
+            "service_tier": row["service_tier"],
             "markup": None if markup is None else decimal_text(markup, 6),
             "rule": row["rule"],
             "price_version": row["price_version"],
             "hold": self.money(row["hold"]),
             "overdraft": self.money(row["overdraft"]),
             "review_reason": row["review_reason"],
+            "resolution": row["resolution"],
             "resolved_at": utc(row["resolved_at"]),
             "error_code": row["error_code"],
             "upstream_status": row["upstream_status"],
@@ -159,6 +167,10 @@ class Shapes:
             "credit_usd": usd_text(row["nanos_per_credit"]),
             "document": row["document"],
         }
+
+
+def _cost(picos: int | None) -> Shape | None:
+    return None if picos is None else {"usd": usd_text_from_picos(picos), "picos": str(picos)}
 
 
 def audit_event(row: Row) -> Shape:

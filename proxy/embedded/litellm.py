@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from proxy.embedded.keeper import ChildFailedError, Keeper, rotate, tail
-from proxy.embedded.litellm_config import child_config
+from proxy.embedded.litellm_config import WitnessAddress, child_config
 from proxy.errors import ConfigurationError
 
 START_TIMEOUT_S = 120
@@ -25,6 +26,8 @@ STOP_TIMEOUT_S = 35
 PROBE_TIMEOUT_S = 2
 # Longer than the relay keeps an idle connection, so that it never writes into one being closed.
 KEEPALIVE_S = 90
+# Runs inside LiteLLM and is never imported here.
+_WITNESS = Path(__file__).with_name("tallygate_witness.py")
 
 # PR_SET_PDEATHSIG: a killed parent takes LiteLLM along, which would otherwise hold its port and
 # half a gigabyte. The parent may have died before the call, so it is asked for afterwards.
@@ -45,7 +48,8 @@ class LiteLLMChild:
     """One LiteLLM with files under `data_dir/litellm` and its log at `data_dir/logs/litellm.log`.
 
     `config` is LiteLLM's own configuration; `environ` is where the variables that it names are
-    looked up. Without a `port` a free one is taken and kept over restarts.
+    looked up. Without a `port` a free one is taken and kept over restarts. `witness` is where a
+    callback inside it reports to, if it shall.
     """
 
     def __init__(
@@ -56,9 +60,13 @@ class LiteLLMChild:
         master_key: str,
         port: int = 0,
         environ: Mapping[str, str] | None = None,
+        witness: WitnessAddress | None = None,
     ) -> None:
         self._child = child_config(
-            config, master_key=master_key, environ=os.environ if environ is None else environ
+            config,
+            master_key=master_key,
+            environ=os.environ if environ is None else environ,
+            witness=witness,
         )
         self.log_path = data_dir.resolve() / "logs" / "litellm.log"
         self._config_path = data_dir.resolve() / "litellm" / "config.yaml"
@@ -158,8 +166,9 @@ class LiteLLMChild:
             connection.close()
 
     def _write_config(self) -> None:
-        """Write what holds the master key, for our eyes only."""
+        """Write what holds the master key, for our eyes only, and the witness beside it."""
         self._config_path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_WITNESS, self._config_path.with_name(_WITNESS.name))
         self._config_path.unlink(missing_ok=True)
         descriptor = os.open(self._config_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - of a descriptor

@@ -44,6 +44,17 @@ PASSED = (
 )  # fmt: skip
 
 
+# LiteLLM imports it from the directory of its configuration file.
+WITNESS_CALLBACK = "tallygate_witness.witness"
+
+
+class WitnessAddress(NamedTuple):
+    """Where the witness inside LiteLLM reports to: Tallygate's base URL, and its token."""
+
+    url: str
+    token: str
+
+
 class ChildConfig(NamedTuple):
     """A configuration file's content and the environment that belongs to it."""
 
@@ -52,7 +63,11 @@ class ChildConfig(NamedTuple):
 
 
 def child_config(
-    section: Mapping[str, Any], *, master_key: str, environ: Mapping[str, str]
+    section: Mapping[str, Any],
+    *,
+    master_key: str,
+    environ: Mapping[str, str],
+    witness: WitnessAddress | None = None,
 ) -> ChildConfig:
     """Merge the operator's `litellm:` section with what metering needs.
 
@@ -75,7 +90,8 @@ def child_config(
             # A hit would be reported at its full price.
             "cache": False,
         },
-        default={"request_timeout": 600},
+        # As long as the relay waits.
+        default={"request_timeout": 900},
     )
     _merge(
         document,
@@ -84,6 +100,14 @@ def child_config(
         # One refused server key, or one hostile request, would take a model from everybody.
         default={"disable_cooldowns": True},
     )
+    reporting: dict[str, str] = {}
+    if witness is not None:
+        settings = document["litellm_settings"]
+        settings["callbacks"] = [*_listed(settings.get("callbacks")), WITNESS_CALLBACK]
+        reporting = {
+            "TALLYGATE_WITNESS_URL": witness.url,
+            "TALLYGATE_WITNESS_TOKEN": witness.token,
+        }
     renamed: dict[str, str] = {}
     document = cast("dict[str, Any]", _rename(document, environ, renamed))
     passed = {
@@ -91,7 +115,14 @@ def child_config(
         for name, text in environ.items()
         if name.startswith(PASSED) and not name.endswith("_API_KEY")
     }
-    return ChildConfig(document, {**passed, **QUIET, **renamed})
+    return ChildConfig(document, {**passed, **QUIET, **renamed, **reporting})
+
+
+def _listed(value: object) -> list[object]:
+    """Return the operator's callbacks: LiteLLM takes one by itself as well as a list."""
+    if isinstance(value, list):
+        return cast("list[object]", value)
+    return [] if value is None else [value]
 
 
 def _merge(

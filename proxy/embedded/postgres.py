@@ -24,6 +24,7 @@ from proxy.embedded.keeper import ChildFailedError, Keeper, rotate, tail
 from proxy.errors import ConfigurationError
 
 MAJOR_VERSION = "18"
+_BUILTIN_LOCALES = 17
 # Crash recovery replays at most max_wal_size and is over in seconds on a disk that works.
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
@@ -55,15 +56,24 @@ SETTINGS: Mapping[str, str] = {
 class EmbeddedPostgres:
     """One cluster under `data_dir/postgres`, its log at `data_dir/logs/postgres.log`.
 
-    `settings` overrides lines of its configuration (tests turn fsync off).
+    `settings` overrides lines of its configuration (tests turn fsync off), `binaries` is the
+    directory of another installation's programs and `version` which major version it is.
     """
 
-    def __init__(self, data_dir: Path, *, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        binaries: Path | None = None,
+        version: str = MAJOR_VERSION,
+    ) -> None:
         self.data_dir = data_dir.resolve()
         self.pgdata = self.data_dir / "postgres"
         self.log_path = self.data_dir / "logs" / "postgres.log"
         self._settings = {**SETTINGS, **(settings or {})}
-        self._bin = _binaries()
+        self._bin = _binaries() if binaries is None else binaries
+        self._version = version
         self._user: system_user.SystemUser | None = None
         self._lock: IO[bytes] | None = None
         self._keeper = Keeper(
@@ -126,9 +136,9 @@ class EmbeddedPostgres:
         if not (self.pgdata / "PG_VERSION").exists():
             self._initialise()
         version = (self.pgdata / "PG_VERSION").read_text().strip()
-        if version != MAJOR_VERSION:
+        if version != self._version:
             msg = (
-                f"{self.pgdata} was made by PostgreSQL {version}, this is {MAJOR_VERSION}: dump it "
+                f"{self.pgdata} was made by PostgreSQL {version}, this is {self._version}: dump it "
                 "with its own version, move the directory away and load the dump"
             )
             raise ConfigurationError(msg)
@@ -162,9 +172,11 @@ class EmbeddedPostgres:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
         self._give(fresh)
+        # The provider that depends on no library of the machine's came with 17.
+        provider = ["--locale-provider=builtin"] if int(self._version) >= _BUILTIN_LOCALES else []
         done = self._run(
             "initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8",
-            "--locale-provider=builtin", "--locale=C.UTF-8", "-D", str(fresh),
+            *provider, "--locale=C.UTF-8", "-D", str(fresh),
         )  # fmt: skip
         if done.returncode != 0:
             msg = f"initdb failed in {fresh}:\n{done.stderr.strip()}"

@@ -1,4 +1,4 @@
-"""Metering a streamed chat completion while it goes by.
+"""Metering a streamed chat completion, or text completion, while it goes by.
 
 `feed` gives back what may leave at once. The end of the stream, from the usage on, is held back
 until it is settled; `closing` writes it then, with the customer's price where LiteLLM put the
@@ -13,7 +13,8 @@ import msgspec
 from pricing.usage import Usage
 from proxy.wire.delivered import DeliveredEvents, has_content
 from proxy.wire.fields import UNREADABLE, Fields, is_null, raw, read_fields, value_of
-from proxy.wire.sse import DONE, DONE_EVENT, EVENT_ENDS, EventSplitter, data_event, event_data
+from proxy.wire.sse import DONE, DONE_EVENT, EventSplitter, data_event, ends_an_event, event_data
+from proxy.wire.typed_usage import read_text
 from proxy.wire.usage import cost_text, read_usage, without_cost
 
 
@@ -33,6 +34,8 @@ class ChatStreamMeter:
         self.usage: Usage | None = None
         self.cost_text: str | None = None
         self.model: str | None = None
+        self.answer_id: str | None = None
+        self.service_tier: str | None = None
         self.saw_done = False
         self.error: bytes | None = None
         self.truncated = False
@@ -50,11 +53,7 @@ class ChatStreamMeter:
 
         Raises UpstreamProtocolError for an event that is larger than the limit.
         """
-        if (
-            chunk.endswith(EVENT_ENDS)
-            and self._splitter.is_between_events
-            and self._passes_unread(chunk)
-        ):
+        if ends_an_event(chunk) and self._splitter.is_between_events and self._passes_unread(chunk):
             passed = chunk
         else:
             passed = b"".join([self._read(event) for event in self._splitter.feed(chunk)])
@@ -139,8 +138,8 @@ class ChatStreamMeter:
             self.error = data
             return b""
         if self.model is None:
-            model = value_of(fields.get("model"))
-            self.model = model if isinstance(model, str) and model else None
+            self.model = read_text(value_of(fields.get("model")))
+            self.answer_id = read_text(value_of(fields.get("id")))
         released = b"" if self._held is None else _without_usage(self._held)
         self._held = None
         if is_null(fields.get("usage")):
@@ -155,6 +154,7 @@ class ChatStreamMeter:
             self._usage_event = fields
             self.usage = usage
             self.cost_text = cost_text(fields["usage"])
+            self.service_tier = read_text(value_of(fields.get("service_tier")))
 
 
 def _without_usage(event: Fields) -> bytes:

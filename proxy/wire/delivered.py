@@ -1,5 +1,6 @@
 """How much of a stream's events is the model's own words, for a stream that was cut."""
 
+from collections.abc import Callable
 from typing import cast
 
 import msgspec
@@ -51,19 +52,57 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
+    # Of a text completion.
+    text: str | None = None
 
 
 class _Event(msgspec.Struct):
     choices: list[_Choice] | None = None
 
 
+class _Words(msgspec.Struct):
+    """What a typed event adds; Anthropic's signatures of thinking are no words."""
+
+    text: str | None = None
+    thinking: str | None = None
+    partial_json: str | None = None
+
+
+class _TypedEvent(msgspec.Struct):
+    delta: _Words | str | None = None
+
+
 _EVENT = msgspec.json.Decoder(_Event)
+_TYPED_EVENT = msgspec.json.Decoder(_TypedEvent)
+
+
+def chat_output_bytes(data: bytes) -> int:
+    """UTF-8 bytes of the model's words in the data of an event with `choices`."""
+    said = 0
+    for choice in _EVENT.decode(data).choices or ():
+        said += len((choice.text or "").encode())
+        if choice.delta is not None:
+            said += choice.delta.output_bytes()
+    return said
+
+
+def typed_output_bytes(data: bytes) -> int:
+    """UTF-8 bytes of the model's words in the data of a typed event."""
+    delta = _TYPED_EVENT.decode(data).delta
+    if isinstance(delta, _Words):
+        texts = (delta.text, delta.thinking, delta.partial_json)
+        return sum(len(text.encode()) for text in texts if text)
+    return len((delta or "").encode())
 
 
 class DeliveredEvents:
-    """Collects whole events and counts the words in them, as late as possible."""
+    """Collects whole events and counts the words in them, as late as possible.
 
-    def __init__(self) -> None:
+    `words` counts those of one event's data; it raises one of UNREADABLE for what has none.
+    """
+
+    def __init__(self, words: Callable[[bytes], int] = chat_output_bytes) -> None:
+        self._words = words
         self._unread: list[bytes] = []
         self._unread_bytes = 0
         self._output_bytes = 0
@@ -88,12 +127,9 @@ class DeliveredEvents:
         for line in events.splitlines():
             if line.startswith(b"data:"):
                 try:
-                    event = _EVENT.decode(line[5:])
+                    self._output_bytes += self._words(line[5:])
                 except UNREADABLE:
                     continue
-                for choice in event.choices or ():
-                    if choice.delta is not None:
-                        self._output_bytes += choice.delta.output_bytes()
 
 
 def has_content(event: Fields) -> bool:

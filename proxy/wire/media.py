@@ -1,4 +1,4 @@
-"""Pictures, sound and files in the messages of a chat request.
+"""Pictures, sound and files in a prompt: chat messages, and the items of other endpoints.
 
 What they cost does not follow from their bytes, so they are counted, and a picture's bytes are
 taken off the prompt's. Messages that are plain text stay unread.
@@ -14,18 +14,21 @@ import msgspec
 from proxy.errors import InvalidRequestError
 from proxy.wire.fields import NULL, UNREADABLE, is_null
 
-_IMAGES = frozenset({"image_url", "image", "input_image"})
+_IMAGES = frozenset({"image_url", "image", "input_image", "computer_screenshot"})
 _SOUNDS = frozenset({"input_audio", "audio", "audio_url"})
 _FILES = frozenset({"file", "input_file", "document", "video_url", "video", "input_video"})
-# Anthropic's way to run code: the container is paid by the hour, in no usage.
-_REFUSED = frozenset({"container_upload"})
+# Anthropic's way to run code: the container is paid by the hour, in no usage. And OpenAI's ways to
+# name what is stored under the account of whoever owns the provider's key.
+_REFUSED = frozenset({"container_upload", "item_reference", "image_generation_call"})
 
 # Members of media that are words for people.
 _PROSE = frozenset({"text", "title", "context", "filename", "name"})
 
 _COMPOSITE = (b"[", b"{")
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://")
+_PRIVATE = re.compile(r"\s*(?:gs|s3)://\S*\s*", re.IGNORECASE)
 _PICTURE = re.compile(r"data:image/(?!svg)[a-z0-9.+-]+;base64,", re.IGNORECASE)
+_MEDIA_TYPE = re.compile(r"image/(?!svg)[a-z0-9.+-]+", re.IGNORECASE)
 _CODEC = re.compile(r"[A-Za-z0-9]{1,16}")
 
 # Speech takes at least 4 kbit/s in any codec, which is 667 characters of base64 a second, and no
@@ -35,8 +38,12 @@ _AUDIO_CHARACTERS_PER_TOKEN = 16
 
 @dataclass(slots=True)
 class Media:
-    """How many there are, and the bytes that stand for them but become no tokens."""
+    """How many there are, and the bytes that stand for them but become no tokens.
 
+    `param` is the member of the request that they stand in.
+    """
+
+    param: str = "messages"
     images: int = 0
     audio_clips: int = 0
     files: int = 0
@@ -79,6 +86,27 @@ def count_media(messages: msgspec.Raw) -> Media:
     return media
 
 
+def count_parts(member: msgspec.Raw, *, param: str) -> Media:
+    """Count what is in a member of any shape; raises as `count_media`, for `param`."""
+    media = Media(param)
+    if bytes(memoryview(member)[:1]) in _COMPOSITE:
+        try:
+            _walk(media, msgspec.json.decode(member))
+        except UNREADABLE:
+            raise InvalidRequestError(f"{param} can't be read as JSON.", param=param) from None
+    return media
+
+
+def refuse_private_addresses(value: object, *, param: str) -> None:
+    """Refuse texts that are nothing but the address of a file in the operator's cloud.
+
+    LiteLLM takes such an input of an embedding for the file that it names.
+    """
+    for _, text in _strings({param: value}):
+        if _PRIVATE.fullmatch(text):
+            raise _not_taken(text, param)
+
+
 def _walk(media: Media, root: object) -> None:
     # A stack, so that nothing depends on how deep a request is nested.
     nodes: list[object] = [root]
@@ -98,7 +126,7 @@ def _count(media: Media, part: Mapping[str, object]) -> bool:
     kind = kind if isinstance(kind, str) else None
     if kind in _REFUSED:
         raise InvalidRequestError(
-            f"Content of type {kind!r} is not supported here.", param="messages"
+            f"Content of type {kind!r} is not supported here.", param=media.param
         )
     if kind in _IMAGES or "image_url" in part:
         media.images += 1
@@ -111,11 +139,13 @@ def _count(media: Media, part: Mapping[str, object]) -> bool:
     else:
         return False
     for name, text in _strings(part):
-        _check_source(name, text)
+        _check_source(name, text, media.param)
     return True
 
 
 def _picture_bytes(part: Mapping[str, object]) -> int:
+    if isinstance(source := part.get("source"), dict):
+        return _source_bytes(cast("dict[str, object]", source))
     image = part.get("image_url")
     url = image
     if isinstance(image, dict):
@@ -130,6 +160,14 @@ def _picture_bytes(part: Mapping[str, object]) -> int:
     return 0
 
 
+def _source_bytes(source: Mapping[str, object]) -> int:
+    """Bytes of a picture as Anthropic's API has it: its media type, and base64."""
+    kind, data = source.get("media_type"), source.get("data")
+    if isinstance(kind, str) and isinstance(data, str) and _MEDIA_TYPE.fullmatch(kind):
+        return len(data)
+    return 0
+
+
 def _sound_bytes(sound: object) -> int:
     if not isinstance(sound, dict):
         return 0
@@ -140,7 +178,7 @@ def _sound_bytes(sound: object) -> int:
     return 0
 
 
-def _check_source(name: str, text: str) -> None:
+def _check_source(name: str, text: str, param: str) -> None:
     """Refuse what would be read with the operator's own credentials.
 
     LiteLLM hands `gs://` to Google with the service's account, and ids of files name uploads of
@@ -151,11 +189,15 @@ def _check_source(name: str, text: str) -> None:
     scheme = _SCHEME.match(text)
     is_web = scheme is not None and scheme[1].lower() in ("http", "https")
     if (scheme is not None and not is_web) or (name == "file_id" and not is_web) or "gs://" in text:
-        raise InvalidRequestError(
-            "Pictures, sound and files are taken as data URLs, base64 or https addresses only, "
-            f"not as {text[:32]!r}.",
-            param="messages",
-        )
+        raise _not_taken(text, param)
+
+
+def _not_taken(text: str, param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        "Pictures, sound and files are taken as data URLs, base64 or https addresses only, "
+        f"not as {text[:32]!r}.",
+        param=param,
+    )
 
 
 def _strings(part: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -15,9 +15,6 @@ from proxy.errors import UpstreamProtocolError
 DONE_EVENT = b"data: [DONE]\n\n"
 DONE = b"[DONE]"
 
-# An event that ends a chunk. A closing CR is none of them: an LF may follow that belongs to it.
-EVENT_ENDS = (b"\n\n", b"\n\r\n", b"\r\r\n")
-
 # Atomic, so that CRLF is never taken for two line ends.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 # The longest blank line, CRLF CRLF, less its last byte: it may stand across two chunks.
@@ -65,6 +62,15 @@ class EventSplitter:
                 "The provider sent an event that is larger than this service takes."
             )
         return events
+
+
+def ends_an_event(chunk: bytes) -> bool:
+    """Whether a chunk ends with an event, and it takes no splitter to see it.
+
+    True for LF LF alone, as nearly all events end: one line end more may belong to the next event,
+    and a CR to a CRLF.
+    """
+    return chunk.endswith(b"\n\n") and chunk[-3:-2] not in {b"\n", b"\r"}
 
 
 def event_data(event: bytes) -> bytes | None:

@@ -97,31 +97,31 @@ def usage_from_openai(raw: object) -> Usage | None:
     too, because taken at its word it would make the request free. A part that is larger than its
     whole is cut down to it, and one that is no count is taken for none.
     """
-    members = _members(raw)
+    members = members_of(raw)
     prompt, completion = _wholes(members)
     if prompt is None or completion is None or prompt + completion == 0:
         return None
-    inputs = _members(members.get("prompt_tokens_details"))
-    outputs = _members(members.get("completion_tokens_details"))
-    creations = _members(inputs.get("cache_creation_token_details"))
+    inputs = members_of(members.get("prompt_tokens_details"))
+    outputs = members_of(members.get("completion_tokens_details"))
+    creations = members_of(inputs.get("cache_creation_token_details"))
     try:
         return Usage.clamped(
             input_tokens=prompt,
-            cached_input_tokens=_first(
+            cached_input_tokens=first_count(
                 inputs.get("cached_tokens"), members.get("cache_read_input_tokens")
             ),
-            cache_creation_tokens=_first(
+            cache_creation_tokens=first_count(
                 inputs.get("cache_creation_tokens"),
                 inputs.get("cache_write_tokens"),
                 members.get("cache_creation_input_tokens"),
             ),
-            cache_creation_1h_tokens=_first(creations.get("ephemeral_1h_input_tokens")),
-            audio_input_tokens=_first(inputs.get("audio_tokens")),
-            image_input_tokens=_first(inputs.get("image_tokens")),
+            cache_creation_1h_tokens=first_count(creations.get("ephemeral_1h_input_tokens")),
+            audio_input_tokens=first_count(inputs.get("audio_tokens")),
+            image_input_tokens=first_count(inputs.get("image_tokens")),
             output_tokens=completion,
-            reasoning_tokens=_first(outputs.get("reasoning_tokens")),
-            audio_output_tokens=_first(outputs.get("audio_tokens")),
-            image_output_tokens=_first(outputs.get("image_tokens")),
+            reasoning_tokens=first_count(outputs.get("reasoning_tokens")),
+            audio_output_tokens=first_count(outputs.get("audio_tokens")),
+            image_output_tokens=first_count(outputs.get("image_tokens")),
         )
     except UsageUnknownError:
         return None
@@ -154,15 +154,16 @@ def without_cost(value: object) -> object:
     return value
 
 
-def _members(value: object) -> Mapping[str, object]:
+def members_of(value: object) -> Mapping[str, object]:
+    """Return an object's members, none where it is no object."""
     return cast("dict[str, object]", value) if isinstance(value, dict) else {}
 
 
 def _wholes(members: Mapping[str, object]) -> tuple[int | None, int | None]:
     """Prompt and completion tokens; one that is missing is what the total leaves."""
-    prompt = _count(members.get("prompt_tokens"))
-    completion = _count(members.get("completion_tokens"))
-    total = _count(members.get("total_tokens"))
+    prompt = count_of(members.get("prompt_tokens"))
+    completion = count_of(members.get("completion_tokens"))
+    total = count_of(members.get("total_tokens"))
     if total is not None:
         if prompt is None and completion is not None:
             prompt = max(total - completion, 0)
@@ -171,12 +172,13 @@ def _wholes(members: Mapping[str, object]) -> tuple[int | None, int | None]:
     return prompt, completion
 
 
-def _first(*values: object) -> int:
+def first_count(*values: object) -> int:
     """The first count that is not 0: LiteLLM fills in one name of several."""
-    return next((count for value in values if (count := _count(value))), 0)
+    return next((count for value in values if (count := count_of(value))), 0)
 
 
-def _count(value: object) -> int | None:
+def count_of(value: object) -> int | None:
+    """Return a count, however it is written; None where it is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is int and value >= 0:

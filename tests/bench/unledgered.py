@@ -6,28 +6,22 @@ pricing are the service's own, so that the difference between the two is what Po
 
 import gc
 import sys
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import uvicorn
 
 from pricing.price_book import parse_price_book
-from proxy.accounts import Accounts, Principal
-from proxy.admission import Admission, AdmissionLimits
-from proxy.catalog import Catalog
-from proxy.control import LiteLLMControl
+from proxy.accounts import Principal
+from proxy.app import assemble
+from proxy.endpoints import ENDPOINTS
 from proxy.exchange import Exchange, Receive, Scope, Send
 from proxy.ids import uuid7
-from proxy.ledger import Authorization, HoldRequest, Ledger, Settled, Settlement
-from proxy.log import RequestLog, configure_logging
-from proxy.price_books import PriceBooks, PublishedBook
-from proxy.principals import Principals
-from proxy.relay import Relay, RelayLimits
-from proxy.settings import Settings
-from proxy.settlement import Settler
-from proxy.streaming import StreamRelay
-from proxy.sweeper import Heartbeat
-from proxy.upstream import Upstream
+from proxy.ledger import Authorization, HoldRequest, Settled, Settlement
+from proxy.log import configure_logging
+from proxy.price_books import PublishedBook
+from proxy.relay import Relay
+from proxy.settings import load_settings
 
 _NANOS_PER_CREDIT = 1_000_000
 
@@ -39,7 +33,10 @@ class _NoLedger:
 
     async def principal(self, _: bytes) -> Principal:
         """Know every key."""
-        return Principal(uuid7(), uuid7(), "default", 2, None, "active", "active", None, False)  # noqa: FBT003
+        return Principal(
+            uuid7(), uuid7(), "default", 2, None, "active", "active", None,
+            is_expired=False, replay_retries=True,
+        )  # fmt: skip
 
     async def authorize(self, _: HoldRequest) -> Authorization:
         """Grant every hold."""
@@ -64,7 +61,7 @@ class Unledgered:
             await self._live(receive, send)
             return
         assert self._relay is not None
-        await self._relay.chat(Exchange(scope, receive, send))
+        await self._relay.serve(Exchange(scope, receive, send), ENDPOINTS[scope["path"]])
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -79,34 +76,20 @@ class Unledgered:
 
 
 async def _relay(upstream_url: str) -> Relay:
-    nobody: Any = _NoLedger()
-    ledger, settler = cast("Ledger", nobody), cast("Settler", nobody)
-    principals = Principals(cast("Accounts", nobody), cache_s=5)
-    control = LiteLLMControl(upstream_url, "none")
-    catalog = Catalog(control, None)
-    await catalog.refresh()
-    return Relay(
-        principals=principals,
-        admission=Admission(
-            ledger=ledger,
-            settler=settler,
-            principals=principals,
-            catalog=catalog,
-            control=control,
-            price_books=cast("PriceBooks", nobody),
-            limits=AdmissionLimits(10**8, 16, 4096, 16384, 65536, 900),
-            byok_headers=Settings().byok_headers,
-        ),
-        upstream=Upstream(
-            upstream_url, connect_timeout_s=5, read_timeout_s=600, max_connections=2000
-        ),
-        settler=settler,
-        heartbeat=Heartbeat(ledger, interval_s=60, ttl_s=900),
-        streams=cast("StreamRelay", None),
-        master_key="none",
-        limits=RelayLimits(1 << 24, 1 << 28, charge_cut_streams=False),
-        log=RequestLog(),
+    parts = assemble(
+        load_settings(
+            {}, database_url="postgresql://nowhere", litellm_url=upstream_url, litellm_key="none"
+        )
     )
+    services = parts.services
+    await services.catalog.refresh()
+    relay: Any = services.relay
+    admission: Any = relay._admission  # noqa: SLF001 - nothing but a benchmark takes it apart
+    principals: Any = services.principals
+    nobody = _NoLedger()
+    relay._settler = admission._settler = admission._ledger = nobody  # noqa: SLF001
+    admission._planner._price_books = principals._accounts = nobody  # noqa: SLF001
+    return services.relay
 
 
 if __name__ == "__main__":

@@ -176,6 +176,37 @@ def test_kill_9_in_mid_stream_charges_nothing_and_asks_for_review(
     world.audit()
 
 
+def test_stream_that_outlives_its_hold_is_charged_as_any_other(
+    world: World, provider: FakeProvider
+) -> None:
+    customer = world.service.new_key()
+    gate = Gate(after_chunks=1)
+    provider.reply("priced", Reply(gate=gate))
+    body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with (
+        world.service.client(customer.key) as client,
+        client.stream("POST", CHAT, json=body) as answer,
+    ):
+        parts = answer.iter_text()
+        text = next(parts)
+        # Longer than the five seconds that it was given at first.
+        world.wait(
+            lambda: bool(
+                world.rows(
+                    "SELECT 1 FROM open_holds WHERE created_at < now() - interval '6 seconds'"
+                )
+            ),
+            "the hold to be kept alive",
+        )
+        gate.open()
+        text += "".join(parts)
+    assert text.endswith("data: [DONE]\n\n")
+    entries = world.rows(
+        "SELECT kind FROM entries WHERE account_id = %s ORDER BY seq", customer.account_id
+    )
+    assert [row["kind"] for row in entries] == ["grant", "hold", "capture"]
+
+
 def test_postgresql_away_at_admission_is_503_and_comes_back_by_itself(world: World) -> None:
     customer = world.service.new_key()
     body = {"model": "priced", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}

@@ -13,6 +13,7 @@ from psycopg.rows import dict_row
 
 from tests.support.litellm import RunningLiteLLM
 from tests.support.postgres import Cluster
+from tests.support.provider import FakeProvider
 from tests.support.service import Customer, Service, prepare_service
 
 CHAT = "/v1/chat/completions"
@@ -166,6 +167,7 @@ def house(make_house: Callable[..., House]) -> House:
 
 
 @pytest.fixture
-def guest(house: House) -> Guest:
-    """A customer with 1000 credits, which are one dollar."""
+def guest(house: House, provider: FakeProvider) -> Guest:
+    """A customer with 1000 credits, which are one dollar, and a provider without scripts."""
+    del provider  # asked for so that no other test's scripts are left
     return house.customer()

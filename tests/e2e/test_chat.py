@@ -181,7 +181,7 @@ def test_models_are_listed_for_the_key_that_asks(house: House) -> None:
 @pytest.mark.parametrize(
     "method, path",
     [
-        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/fine_tuning/jobs"),
         ("GET", CHAT),
         ("POST", "/v1/chat/completions/"),
         ("POST", "/v1/"),

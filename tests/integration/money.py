@@ -114,6 +114,17 @@ class Money:
 NewAccount = Callable[..., Money]
 
 
+def wait_for_waiters(money: Money, number: int) -> None:
+    """Return once so many connections to this database wait for a lock."""
+    while money.one(
+        "SELECT count(*) < %s FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        number,
+    )[0]:
+        # Inside a transaction the activity would be the same for ever.
+        money.all("SELECT pg_stat_clear_snapshot()")
+
+
 def capture(request: dict[str, object], price: int, **changes: object) -> dict[str, object]:
     return {
         "account_id": request["account_id"],

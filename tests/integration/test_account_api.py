@@ -27,6 +27,9 @@ TOKEN_CLASSES = {
     "image_input_tokens",
     "image_output_tokens",
     "images",
+    "input_characters",
+    "audio_ms",
+    "queries",
 }
 
 

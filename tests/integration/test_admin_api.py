@@ -27,6 +27,8 @@ EVERY_PATH = [
     ("GET", "/accounts/x/usage"),
     ("GET", "/accounts/x/ledger"),
     ("GET", "/reviews"),
+    ("GET", "/reviews/summary"),
+    ("POST", "/reviews/x"),
     ("GET", "/price-books"),
     ("GET", "/audit-trail"),
 ]
@@ -95,6 +97,7 @@ async def test_account_is_made_read_and_listed_in_one_shape(api: Api) -> None:
         "name": "Ada",
         "tier": "gold",
         "status": "active",
+        "replay_retries": True,
         "created_at": made["created_at"],
         "balance": {"posted": nothing, "held": nothing, "available": nothing},
         "credit_limit": nothing,
@@ -102,6 +105,16 @@ async def test_account_is_made_read_and_listed_in_one_shape(api: Api) -> None:
     assert abs(_utc(made["created_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
     assert await api.admin("GET", f"/accounts/{made['id']}") == made
     assert (await api.admin("GET", "/accounts"))["data"] == [made]
+
+
+async def test_answers_to_retries_are_switched_off_for_an_account(api: Api) -> None:
+    account_id = await api.new_account()
+    changed = await api.admin("PATCH", f"/accounts/{account_id}", {"replay_retries": False})
+    assert changed["replay_retries"] is False
+    assert (await api.admin("GET", f"/accounts/{account_id}")) == changed
+    actions = [event["action"] for event in (await api.admin("GET", "/audit-trail"))["data"]]
+    assert len(actions) == 2
+    await api.refused("PATCH", f"/admin/v1/accounts/{account_id}", 400, json={"replay": 1})
 
 
 async def test_account_has_the_default_tier_unless_told_otherwise(api: Api) -> None:

@@ -23,6 +23,18 @@ BOOK = {
 }
 
 
+REVIEW = {"status": "needs_review", "review_reason": "usage_missing"}
+
+
+def resolve(money: Money, request: dict[str, object], decision: str, price: int | None) -> None:
+    rule = None if price is None else "review"
+    answer = money.one(
+        "SELECT outcome FROM resolve_review(%s, %s, %s, NULL, %s, 0, %s, NULL, NULL, %s, 'me', '')",
+        *(money.account_id, request["request_id"], decision, price, rule, uuid4()),
+    )
+    assert answer == ("resolved",)
+
+
 @pytest.fixture
 def ledger(account: NewAccount) -> Money:
     """A ledger in which everything that can happen has happened."""
@@ -42,6 +54,15 @@ def ledger(account: NewAccount) -> Money:
     late, _, amended = (money.hold(100, ttl_s=0) for _ in range(3))
     assert money.one("SELECT expire_holds(10, 0)") == (3,)
     assert money.settle(capture(late, 70), void(amended)) == ["captured_late", "amended"]
+    unknown = money.hold(100)
+    money.settle(void(unknown, status="needs_review", review_reason="cost_unknown"))
+    assert money.settle(capture(unknown, 80, cost_source="witness")) == ["captured_late"]
+    for number, decision in enumerate(("charge", "waive")):
+        money.settle(void(review := money.hold(100), **REVIEW))
+        resolve(money, review, decision, None if number else 33)
+    flagged = money.hold(100)
+    money.settle(capture(flagged, 90, cost_picos=45_000, review_reason="cost_mismatch"))
+    resolve(money, flagged, "reprice", 44)
     money.hold(300)
     money.hold(400)
     money.fund(-500, "correction", "adjustment")
@@ -138,7 +159,11 @@ BREAKS = {
     ),
     "a late capture of what was not expired": (
         "UPDATE entries SET kind = 'void' WHERE kind = 'expire'",
-        {"late_captures_follow_expiry"},
+        {"late_captures_bring_late_truth"},
+    ),
+    "a late capture of what was voided by nobody's word": (
+        "UPDATE usage SET cost_source = 'header' WHERE cost_source = 'witness'",
+        {"late_captures_bring_late_truth"},
     ),
     "a capture at another price": (
         "UPDATE usage SET price = price + 1 WHERE price = 600",
@@ -203,6 +228,33 @@ BREAKS = {
         ("INSERT INTO funding SELECT account_id, 'x', 'y', gen_random_uuid(), kind, amount, reason,"
         " actor, at FROM funding WHERE kind = 'grant'"),
         {"funding_equals_entries"},
+    ),
+    "a correction of nothing": (
+        "DELETE FROM entries WHERE kind = 'capture' AND amount = 90",
+        {
+            "captures_equal_usage", "holds_end_once", "usage_agrees_with_journal",
+            "sequence_without_gaps", "running_balances_chain", "balances_equal_journal",
+            "liability_equals_balances",
+        },
+    ),
+    "a correction that nobody decided on": (
+        "UPDATE usage SET resolution = 'waive' WHERE price = 44",
+        {
+            "captures_equal_usage", "decisions_stand_in_the_trail", "charges_recompute",
+            "prices_cover_costs",
+        },
+    ),
+    "a decision that the trail tells otherwise": (
+        "UPDATE audit_trail SET detail = detail || '{\"price\": 1}' WHERE action = 'review.charge'",
+        {"decisions_stand_in_the_trail"},
+    ),
+    "a decision that nobody made": (
+        "UPDATE usage SET resolution = 'waive', resolved_at = now() WHERE price = 600",
+        {"decisions_stand_in_the_trail"},
+    ),
+    "a charge that nobody decided on": (
+        "UPDATE usage SET resolution = NULL WHERE price = 33",
+        {"late_captures_bring_late_truth", "charges_recompute", "prices_cover_costs"},
     ),
     "another rounding": (
         "UPDATE usage SET rounding_attos = 0 WHERE rounding_attos > 0",

@@ -11,6 +11,7 @@ import pytest
 
 from proxy.accounts import hash_key
 from proxy.cli import main
+from proxy.db import SCHEMA_VERSION
 
 Run = Callable[..., Any]
 
@@ -187,8 +188,8 @@ def test_the_audit_needs_the_schema(
 ) -> None:
     monkeypatch.setenv("TALLYGATE_DATABASE_URL", empty_database_url)
     assert "tallygate migrate" in run("audit", code=2)
-    assert run("migrate") == {"before": None, "after": 1}
-    assert run("migrate", plain=True) == "version 1 -> version 1\n"
+    assert run("migrate") == {"before": None, "after": SCHEMA_VERSION}
+    assert run("migrate", plain=True) == f"version {SCHEMA_VERSION} -> version {SCHEMA_VERSION}\n"
     assert run("audit")["clean"] is True
 
 

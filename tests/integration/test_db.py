@@ -36,14 +36,14 @@ def test_several_migrate_at_once_and_one_does_it(empty_database_url: str) -> Non
 def test_newer_migrations_are_applied_in_order_and_all_or_nothing(
     database_url: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "0003_second.sql").write_text("INSERT INTO tallygate.meta VALUES ('b', '3')")
-    (tmp_path / "0002_first.sql").write_text("INSERT INTO tallygate.meta VALUES ('a', '2')")
+    (tmp_path / "1003_second.sql").write_text("INSERT INTO tallygate.meta VALUES ('b', '3')")
+    (tmp_path / "1002_first.sql").write_text("INSERT INTO tallygate.meta VALUES ('a', '2')")
     (tmp_path / "0001_initial.sql").write_text("SELECT 1/0")
     (tmp_path / "notes.sql").write_text("SELECT 1/0")
-    assert migrate(database_url, migrations=tmp_path) == (1, 3)
-    with pytest.raises(ConfigurationError, match="schema version 3"):
+    assert migrate(database_url, migrations=tmp_path) == (SCHEMA_VERSION, 1003)
+    with pytest.raises(ConfigurationError, match="schema version 1003"):
         require_schema(database_url)
-    (tmp_path / "0004_broken.sql").write_text(
+    (tmp_path / "1004_broken.sql").write_text(
         "INSERT INTO tallygate.meta VALUES ('c', '4'); SELECT 1/0"
     )
     with pytest.raises(psycopg.errors.DivisionByZero):

@@ -20,7 +20,6 @@ from tests.support.litellm import AMBIENT_KEY, PROVIDER_KEY, RunningLiteLLM
 from tests.support.provider import FakeProvider, Gate, Reply
 
 # One LiteLLM is enough for all of these.
-pytestmark = pytest.mark.xdist_group("litellm")
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 DEMO = {

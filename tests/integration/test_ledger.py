@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import LiteralString
+from typing import LiteralString, cast
 from uuid import UUID
 
 import psycopg
@@ -13,6 +13,7 @@ from proxy.db import Session, make_pool
 from proxy.errors import MeteringUnavailableError
 from proxy.ids import uuid7
 from proxy.ledger import HoldRequest, Ledger
+from proxy.replays import IdempotencyStore
 from proxy.sweeper import Heartbeat, Sweeper
 from tests.integration.money import Money, NewAccount
 
@@ -125,7 +126,7 @@ async def test_sweeper_expires_what_is_overdue_and_counts_it(
     for _ in range(3):
         money.hold(10, ttl_s=0)
     live = money.hold(10)
-    sweeper = Sweeper(ledger, interval_s=1, grace_s=0)
+    sweeper = Sweeper(ledger, cast("IdempotencyStore", None), interval_s=1, grace_s=0)
     assert await sweeper.sweep() == 3
     assert money.all("SELECT request_id FROM open_holds") == [(UUID(str(live["request_id"])),)]
 

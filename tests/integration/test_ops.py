@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import respx
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.ids import uuid7
 from proxy.spool import Spool
 from tests.integration.money import NewAccount, void
 from tests.support.api import LITELLM_URL, OPS_TOKEN, Api, open_api
@@ -155,10 +157,12 @@ async def test_scrape_of_an_idle_ledger(api: Api) -> None:
         "tallygate_review_queue",
         "tallygate_review_oldest_seconds",
         "tallygate_misplaced_rows",
+        "tallygate_audit_last_clean_timestamp_seconds",
+        "tallygate_audit_findings",
         "tallygate_spool_bytes",
         "tallygate_settlements_rejected_waiting",
     }}  # fmt: skip
-    assert len(shown) == 8
+    assert len(shown) == 10
     assert shown.pop("tallygate_postgresql_up") == 1
     assert set(shown.values()) == {0}
 
@@ -183,6 +187,15 @@ async def test_scrape_shows_rows_that_fit_no_month(api: Api, account: NewAccount
     request = money.hold(5, request_id="ffffffff-0000-7000-8000-000000000000")
     money.settle(void(request))
     assert (await _scrape(api))["tallygate_misplaced_rows"] == 3
+
+
+async def test_scrape_shows_what_audits_found(api: Api, account: NewAccount) -> None:
+    money = account()
+    for findings in (0, 3):
+        money.one("SELECT record_audit(%s, 'full', 0, %s, 0, 0)", uuid7(), findings)
+    values = await _scrape(api)
+    assert values["tallygate_audit_findings"] == 3
+    assert abs(values["tallygate_audit_last_clean_timestamp_seconds"] - time.time()) < 60
 
 
 async def test_spool_is_told_in_scrape_and_readiness(

@@ -138,6 +138,15 @@ def test_late_void_amends_the_orphan_without_an_entry(account: NewAccount) -> No
     assert money.kinds() == ["grant", "hold", "expire"]
 
 
+def test_hold_that_has_ended_does_not_expire(account: NewAccount) -> None:
+    money = account(funds=1000)
+    expired, captured, voided = (money.hold(10, ttl_s=0) for _ in range(3))
+    money.settle(capture(captured, 5), void(voided))
+    money.one("SELECT expire_holds(10, 0)")
+    expiries = [void(request, action="expire") for request in (expired, captured, voided)]
+    assert money.settle(*expiries) == ["already_expired", "already_captured", "already_voided"]
+
+
 def test_late_capture_does_not_overrule_an_operator(account: NewAccount) -> None:
     money = account(funds=1000)
     request = money.hold(400, ttl_s=0)
@@ -154,6 +163,42 @@ def test_unknown_cost_is_a_state_and_never_a_price_of_zero(account: NewAccount) 
         money.settle(void(request, status="billed"))
     money.settle(void(request, status="needs_review", review_reason="price_missing"))
     assert money.usage(request)["price"] is None
+
+
+def test_price_stands_while_its_cost_is_in_doubt(account: NewAccount) -> None:
+    money = account(funds=1000)
+    request = money.hold(400)
+    assert money.settle(capture(request, 150, review_reason="cost_mismatch")) == ["captured"]
+    row = money.usage(request)
+    assert (row["status"], row["price"], row["review_reason"]) == ("billed", 150, "cost_mismatch")
+    assert money.balance() == (850, 0, 0)
+
+
+WHAT_WAS_USED = {
+    "input_characters": 11,
+    "audio_ms": 12,
+    "queries": 13,
+    "service_tier": "flex",
+    "rated_picos": 14,
+    "answer_id": "resp_1",
+}
+
+
+def test_whatever_was_used_is_written_down(account: NewAccount) -> None:
+    money = account(funds=1000)
+    in_time, late = money.hold(400), money.hold(400, ttl_s=0)
+    money.one("SELECT expire_holds(10, 0)")
+    money.settle(capture(in_time, 150, **WHAT_WAS_USED), capture(late, 150, **WHAT_WAS_USED))
+    for request in (in_time, late):
+        row = money.usage(request)
+        assert {name: row[name] for name in WHAT_WAS_USED} == WHAT_WAS_USED
+        assert (row["attempts"], row["witness_picos"]) == (None, None)
+        (shown,) = money.all(
+            "SELECT to_jsonb(h) = to_jsonb(u) FROM usage_history AS h JOIN usage AS u"
+            " USING (request_id) WHERE request_id = %s",
+            str(request["request_id"]),
+        )
+        assert shown == (True,)
 
 
 def test_fund_is_idempotent_by_source_and_reference(account: NewAccount) -> None:

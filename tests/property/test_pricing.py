@@ -9,6 +9,7 @@ from uuid import UUID
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from pricing.agreement import agrees
 from pricing.errors import CostUnknownError, InvalidAmountError, PricingError
 from pricing.estimate import affordable_output_tokens, ceiling_cost, ceiling_price
 from pricing.markup import Charge, byok_charge, charge
@@ -21,16 +22,27 @@ from pricing.money import (
     usd_text,
 )
 from pricing.price_book import Flat, Markup, PerToken, PriceBook, Rule, parse_price_book
-from pricing.rating import ModelPrices, merge_ceiling, parse_model_prices, rate
-from pricing.usage import FALLBACK_CLASS, INPUT_CLASSES, OUTPUT_CLASSES, TokenClass, Usage
+from pricing.rating import ModelPrices, is_free, merge_ceiling, parse_model_prices, rate
+from pricing.usage import (
+    FALLBACK_CLASS,
+    INPUT_CLASSES,
+    OUTPUT_CLASSES,
+    UNIT_COUNTS,
+    TokenClass,
+    Usage,
+)
 
 NANOS = st.integers(0, MAX_AMOUNT)
 COSTS = st.integers(0, 10**15)
 WORTHS = st.sampled_from([1, 7, 1000, 1_000_000, 3_000_000, 10**9])
 
+UNITS = st.dictionaries(st.sampled_from(UNIT_COUNTS), st.integers(0, 10**5))
+
 
 @st.composite
-def usages(draw: st.DrawFn, most_in: int = 2_000_000, most_out: int = 200_000) -> Usage:
+def usages(
+    draw: st.DrawFn, most_in: int = 2_000_000, most_out: int = 200_000, *, units: bool = False
+) -> Usage:
     whole_in, whole_out = draw(st.integers(0, most_in)), draw(st.integers(0, most_out))
     inputs, outputs = st.integers(0, whole_in), st.integers(0, whole_out)
     created = draw(inputs)
@@ -45,6 +57,7 @@ def usages(draw: st.DrawFn, most_in: int = 2_000_000, most_out: int = 200_000) -
         reasoning_tokens=draw(outputs),
         audio_output_tokens=draw(outputs),
         image_output_tokens=draw(outputs),
+        **(draw(UNITS) if units else {}),
     )
 
 
@@ -82,7 +95,7 @@ RULES = rules()
 
 
 @st.composite
-def infos(draw: st.DrawFn) -> dict[str, Any]:
+def infos(draw: st.DrawFn, *, by_token: bool = True) -> dict[str, Any]:
     """What LiteLLM tells of a model: some of its price fields, with thresholds and suffixes."""
     bases = [
         "input_cost_per_token",
@@ -99,11 +112,20 @@ def infos(draw: st.DrawFn) -> dict[str, Any]:
         "output_cost_per_image_token",
     ]
     endings = ["", "_above_128k_tokens", "_above_200k_tokens", "_priority"]
+    units = [
+        "input_cost_per_character",
+        "input_cost_per_query",
+        "input_cost_per_second",
+        "output_cost_per_second",
+        "output_cost_per_image",
+    ]
     names = [f"{base}{ending}" for base in bases for ending in endings] + others
+    names += [] if by_token else units
     price = st.floats(0, 1e-3) | st.integers(0, 0) | st.none()
     chosen = draw(st.dictionaries(st.sampled_from(names), price))
     required = {name: draw(st.floats(0, 1e-3)) for name in (bases[0], bases[-1])}
-    return chosen | required
+    # Some models are paid by the unit alone.
+    return chosen | (required if by_token or draw(st.booleans()) else {})
 
 
 @given(st.floats(0, 9e6))
@@ -145,7 +167,7 @@ def test_credit_texts_come_back(nanos: int, worth: int) -> None:
     assert nanos_from_credits(credits_text(nanos, worth), worth) == nanos
 
 
-@given(usages())
+@given(usages(units=True))
 def test_usage_survives_storage_and_its_classes_add_up(usage: Usage) -> None:
     assert Usage.from_dict(usage.as_dict()) == usage
     tokens = usage.by_class()
@@ -277,6 +299,79 @@ def test_no_price_within_the_limits_is_above_the_ceiling(
     assert sold.price_nanos <= most_nanos
 
 
+def rated(prices: ModelPrices, usage: Usage) -> int | None:
+    try:
+        return rate(prices, usage)
+    except CostUnknownError:
+        return None
+
+
+def parsed(info: dict[str, Any]) -> ModelPrices:
+    """Read the prices; a model without any is of no interest here."""
+    prices = parse_model_prices(info)
+    assume(prices is not None)
+    assert prices is not None
+    return prices
+
+
+@given(infos(by_token=False), usages(units=True), st.data(), st.sampled_from([None, "priority"]))
+def test_no_cost_within_the_limits_is_above_the_ceiling_with_units(
+    info: dict[str, Any], usage: Usage, data: st.DataObject, service_tier: str | None
+) -> None:
+    prices = parsed(info)
+    input_limit = data.draw(st.integers(usage.input_tokens, 3_000_000))
+    output_limit = data.draw(st.integers(usage.output_tokens, 300_000))
+    units = {
+        name: used + data.draw(st.integers(0, 10))
+        for name in UNIT_COUNTS
+        if (used := getattr(usage, name)) or data.draw(st.booleans())
+    }
+    most_picos = ceiling_cost(
+        prices, input_limit, output_limit, units=units, service_tier=service_tier
+    )
+    # Asked for another service tier, it may be served as the standard one all the same.
+    for served in (prices, prices.for_service_tier(service_tier)):
+        cost_picos = rated(served, usage)
+        assume(cost_picos is not None)
+        assert most_picos is None or cost_picos is None or cost_picos <= most_picos
+
+
+@given(infos(by_token=False), usages(units=True))
+def test_nothing_is_free_where_every_price_is_above_zero(
+    info: dict[str, Any], usage: Usage
+) -> None:
+    prices = parsed({name: price for name, price in info.items() if price})
+    assert not is_free(prices)
+    is_used = usage.total_tokens or usage.has_units
+    assert rated(prices, usage) != 0 or not is_used
+
+
+@given(infos(by_token=False), usages(units=True))
+def test_what_is_free_never_costs_anything(info: dict[str, Any], usage: Usage) -> None:
+    prices = parsed({name: price and 0 for name, price in info.items()})
+    assert is_free(prices)
+    assert rated(prices, usage) in {0, None}
+
+
+@given(
+    RULES,
+    st.none() | st.integers(1, 10**15),
+    st.dictionaries(st.sampled_from(UNIT_COUNTS), st.integers(1, 10**5), min_size=1),
+    WORTHS,
+)
+def test_no_rule_gives_units_away(
+    rule: Rule, cost_picos: int | None, units: dict[str, int], worth: int
+) -> None:
+    usage = Usage(**units)
+    try:
+        sold = charge(rule, cost_picos=cost_picos, usage=usage, nanos_per_credit=worth)
+    except PricingError:
+        return
+    is_flat_zero = isinstance(rule.terms, Flat) and rule.allow_loss
+    assert sold.price_nanos > 0 or is_flat_zero
+    assert rule.allow_loss or (cost_picos is not None and sold.price_nanos * 1000 >= cost_picos)
+
+
 @given(infos(), RULES, st.integers(0, 10**6), st.integers(1, 8), st.integers(-1, 10**13))
 def test_the_affordable_limit_fits_and_one_more_does_not(
     info: dict[str, Any], rule: Rule, input_tokens: int, n: int, available: int
@@ -314,8 +409,43 @@ def test_merged_prices_are_nowhere_below_a_deployment(
     assert all(rate(one.for_service_tier(service_tier), usage) <= dearest for one in all_prices)
 
 
+@given(
+    st.lists(infos(by_token=False), min_size=1, max_size=3),
+    usages(units=True),
+    st.sampled_from([None, "priority"]),
+)
+def test_merged_prices_are_unknown_or_nowhere_below_a_deployment_with_units(
+    deployments: list[dict[str, Any]], usage: Usage, service_tier: str | None
+) -> None:
+    all_prices = [parsed(info) for info in deployments]
+    merged = merge_ceiling(all_prices)
+    assert merged is not None
+    dearest = rated(merged.for_service_tier(service_tier), usage)
+    assume(dearest is not None)
+    assert dearest is not None
+    for one in all_prices:
+        cost_picos = rated(one.for_service_tier(service_tier), usage)
+        assert cost_picos is not None
+        assert cost_picos <= dearest
+
+
 ACCOUNTS = [str(UUID(int=1)), str(UUID(int=2))]
 PATTERN = st.text("ab*?[]!-", min_size=1, max_size=6)
+
+
+AMOUNTS = st.integers(0, 10**13)
+
+
+@given(AMOUNTS, AMOUNTS | st.integers(-2_000, 2_000), st.integers(0, 10**6))
+def test_agreement_is_symmetric_exact_and_grows_with_the_tolerance(
+    one: int, other: int, tolerance_ppm: int
+) -> None:
+    other = abs(other)
+    agreed = agrees(one, other, tolerance_ppm)
+    assert agreed == agrees(other, one, tolerance_ppm)
+    apart = Fraction(abs(one - other), max(one, other, 1))
+    assert agreed == (abs(one - other) <= 1000 or apart <= Fraction(tolerance_ppm, 10**6))
+    assert not agreed or agrees(one, other, tolerance_ppm + 1)
 
 
 @st.composite
@@ -414,6 +544,7 @@ def test_any_model_info_is_read_or_refused(info: dict[str, Any]) -> None:
     try:
         prices = parse_model_prices(info)
         cost_picos = 0 if prices is None else rate(prices, Usage(input_tokens=1, output_tokens=1))
+        assert prices is None or is_free(prices) in {True, False}
     except (InvalidAmountError, CostUnknownError):
         return
     assert cost_picos >= 0

@@ -11,24 +11,10 @@ import psycopg
 import pytest
 from starlette.applications import Starlette
 
-from proxy.accounts import Accounts
-from proxy.admission import Admission, AdmissionLimits
 from proxy.api.routes import make_application
 from proxy.api.services import Services
-from proxy.catalog import Catalog
-from proxy.control import LiteLLMControl
-from proxy.db import Session, make_pool
-from proxy.ledger import Ledger
-from proxy.log import RequestLog
-from proxy.price_books import PriceBooks
-from proxy.principals import Principals
-from proxy.relay import Relay, RelayLimits
-from proxy.reports import Reports
-from proxy.settlement import Settler
-from proxy.spool import Spool
-from proxy.streaming import StreamLimits, StreamRelay
-from proxy.sweeper import Heartbeat
-from proxy.upstream import Upstream
+from proxy.app import assemble
+from proxy.settings import load_settings
 from tests.support.service import ADMIN_KEY
 
 LITELLM_URL = "http://litellm.invalid"
@@ -103,65 +89,26 @@ async def _no_lifespan(_: Starlette) -> AsyncGenerator[None]:
 @asynccontextmanager
 async def open_api(url: str, directory: Path) -> AsyncGenerator[Api]:
     """Put the services together on this database; nothing of them runs in the background."""
-    pool = make_pool(url)
-    await pool.open(wait=False)
-    control = LiteLLMControl(LITELLM_URL, "sk-unused")
-    accounts, ledger, spool = Accounts(pool), Ledger(url, pool), Spool(directory / "spool")
-    principals, price_books = Principals(accounts, cache_s=60), PriceBooks(pool)
-    catalog = Catalog(control, directory / "catalog.json")
-    settler = Settler(
-        ledger.settle_sessions,
-        Session(url, timeout_s=5),
-        spool,
-        nanos_per_credit=NANOS_PER_CREDIT,
+    settings = load_settings(
+        {},
+        database_url=url,
+        litellm_url=LITELLM_URL,
+        admin_key=ADMIN_KEY,
+        ops_token=OPS_TOKEN,
+        data_dir=directory,
+        admission={"principal_cache_s": 60},
     )
-    upstream = Upstream(LITELLM_URL, connect_timeout_s=1, read_timeout_s=1, max_connections=1)
-    relay = Relay(
-        principals=principals,
-        admission=Admission(
-            ledger=ledger,
-            settler=settler,
-            principals=principals,
-            catalog=catalog,
-            control=control,
-            price_books=price_books,
-            limits=AdmissionLimits(1, 1, 1, 1, 1, 60),
-            byok_headers={},
-        ),
-        upstream=upstream,
-        settler=settler,
-        heartbeat=Heartbeat(ledger, interval_s=60, ttl_s=60),
-        streams=StreamRelay(settler, StreamLimits(1024, 1, 1024, charge_cut_streams=False)),
-        master_key="sk-unused",
-        log=RequestLog(),
-        limits=RelayLimits(1024, 1024, charge_cut_streams=False),
-    )
+    parts = assemble(settings)
+    services = parts.services
+    await services.pool.open(wait=False)
     try:
-        yield Api(
-            Services(
-                pool=pool,
-                accounts=accounts,
-                ledger=ledger,
-                reports=Reports(pool),
-                price_books=price_books,
-                principals=principals,
-                catalog=catalog,
-                control=control,
-                relay=relay,
-                spool=spool,
-                admin_key=ADMIN_KEY,
-                ops_token=OPS_TOKEN,
-                default_tier="default",
-                nanos_per_credit=NANOS_PER_CREDIT,
-                client_stall_timeout_s=60,
-            )
-        )
+        yield Api(services)
     finally:
-        spool.close()
-        await ledger.close()
-        await upstream.close()
-        await control.close()
-        await pool.close()
+        services.spool.close()
+        await services.ledger.close()
+        await parts.upstream.close()
+        await services.control.close()
+        await services.pool.close()
 
 
 @pytest.fixture

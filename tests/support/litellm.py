@@ -10,27 +10,16 @@ from typing import Any, NamedTuple
 import pytest
 
 from proxy.embedded.litellm import LiteLLMChild
+from tests.support.litellm_models import LIMITS, MODELS, PRICES, litellm_params
 from tests.support.provider import FakeProvider
+
+__all__ = ["LIMITS", "MODELS", "PRICES", "RunningLiteLLM", "litellm_section"]
 
 MASTER_KEY = "sk-litellm-master"
 # What the provider sees where nobody brings a key: the upstream credential.
 PROVIDER_KEY = "provider-key-of-the-house"
 # Set in the operator's environment as well, and never to be used by LiteLLM on its own account.
 AMBIENT_KEY = "key-that-no-model-names"
-
-PRICES = {"input_cost_per_token": 1e-06, "output_cost_per_token": 1e-05}
-LIMITS = {"mode": "chat", "max_input_tokens": 8192, "max_output_tokens": 1024}
-
-# Name for customers -> LiteLLM's model_info. At the provider they have the same name, which is
-# in no price map, so that these prices are the only ones.
-MODELS: dict[str, dict[str, Any]] = {
-    "priced": {**LIMITS, **PRICES},
-    "dear": {**LIMITS, "input_cost_per_token": 1e-3, "output_cost_per_token": 2e-3},
-    "odd-cents": {**LIMITS, "input_cost_per_token": 1.875e-08, "output_cost_per_token": 7.5e-08},
-    "cached": {**LIMITS, **PRICES, "cache_read_input_token_cost": 1e-07},
-    "free": {**LIMITS, "input_cost_per_token": 0, "output_cost_per_token": 0},
-    "unpriced": LIMITS,
-}
 
 
 class RunningLiteLLM(NamedTuple):
@@ -64,11 +53,7 @@ def litellm_section(provider_url: str) -> dict[str, Any]:
     models: list[dict[str, Any]] = [
         {
             "model_name": name,
-            "litellm_params": {
-                "model": f"openai/{name}",
-                "api_base": provider_url,
-                "api_key": "os.environ/PROVIDER_KEY",
-            },
+            "litellm_params": litellm_params(name, provider_url),
             "model_info": info,
         }
         for name, info in MODELS.items()

@@ -15,10 +15,20 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from proxy.db import migrate
-from proxy.embedded.postgres import EmbeddedPostgres
+from proxy.embedded.postgres import MAJOR_VERSION, EmbeddedPostgres
 
 # The tests kill processes and never the machine: what the kernel has is not lost.
 QUICK = {"fsync": "off", "full_page_writes": "off"}
+# Another major version than the embedded one to test on: its programs are Debian's.
+VERSION = os.environ.get("TEST_POSTGRES_VERSION", MAJOR_VERSION)
+
+
+def make_server(directory: Path) -> EmbeddedPostgres:
+    """Make a server of the version that is tested on."""
+    if VERSION == MAJOR_VERSION:
+        return EmbeddedPostgres(directory, settings=QUICK)
+    binaries = Path(f"/usr/lib/postgresql/{VERSION}/bin")
+    return EmbeddedPostgres(directory, settings=QUICK, binaries=binaries, version=VERSION)
 
 
 class Cluster:
@@ -26,7 +36,7 @@ class Cluster:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.server = EmbeddedPostgres(directory, settings=QUICK)
+        self.server = make_server(directory)
         self.server.start()
         self._numbers = count(1)
         self._execute("CREATE DATABASE template_tallygate")
@@ -51,7 +61,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start the server after stop()."""
-        self.server = EmbeddedPostgres(self.directory, settings=QUICK)
+        self.server = make_server(self.directory)
         self.server.start()
 
     def kill(self) -> None:

@@ -229,6 +229,7 @@ def prepare_service(
         "TALLYGATE_LITELLM_URL": litellm_url,
         "TALLYGATE_LITELLM_KEY": litellm_key,
         "TALLYGATE_ADMIN_KEY": ADMIN_KEY,
+        "TALLYGATE_FREE_MODELS": '["free", "*-free"]',
         "TALLYGATE_HOST": "127.0.0.1",
         "TALLYGATE_PORT": str(port),
         "TALLYGATE_WORKERS": str(workers),

@@ -7,12 +7,13 @@ from pricing.estimate import (
     ceiling_cost,
     ceiling_price,
     ceiling_usage,
+    likely_price,
     possible_classes,
 )
 from pricing.money import MAX_AMOUNT
 from pricing.price_book import Flat, Markup, PerToken, Rule
 from pricing.rating import ModelPrices, PriceTier
-from pricing.usage import TokenClass
+from pricing.usage import TokenClass, Usage
 
 CREDIT = 1_000_000
 HOLD = 100 * CREDIT
@@ -29,6 +30,13 @@ PRICES = ModelPrices(
     tiers=(PriceTier(100, {TokenClass.INPUT: 3_000, TokenClass.OUTPUT: 4_000}),),
     search=7_000,
 )
+# Sells the same thing by the token and by the unit.
+MEDIA = ModelPrices(
+    {TokenClass.INPUT: 1_000, TokenClass.OUTPUT: 5_000},
+    units={"image": 70_000, "input_character": 300, "second": 7, "query": 9_000},
+)
+UNITS_ONLY = ModelPrices({}, units=MEDIA.units)
+TOKENS_ONLY = ModelPrices(MEDIA.tokens)
 FREE = ModelPrices({TokenClass.INPUT: 0, TokenClass.OUTPUT: 0})
 TEXT = possible_classes(audio=False, images=False, one_hour_cache=False)
 
@@ -151,3 +159,148 @@ def test_free_output_is_affordable_up_to_the_limit() -> None:
         )
         == 77
     )
+
+
+@pytest.mark.parametrize(
+    "units, picos",
+    [
+        ({}, 0),
+        ({"images": 0, "queries": 0}, 0),
+        ({"images": 2}, 140_000),
+        ({"input_characters": 10}, 3_000),
+        ({"audio_ms": 1}, 1),
+        ({"audio_ms": 1_001}, 8),
+        ({"queries": 3}, 27_000),
+        ({"input_characters": 10, "audio_ms": 2_000}, 3_014),
+    ],
+)
+def test_units_have_a_ceiling_beside_the_tokens(units: dict[str, int], picos: int) -> None:
+    assert ceiling_cost(MEDIA, 10, 2, units=units) == 10_000 + 10_000 + picos
+    assert ceiling_cost(UNITS_ONLY, 0, 0, units=units) == picos
+    ceiling = ceiling_usage(
+        MEDIA, prompt_bytes=10, max_input_tokens=None, output_limit=2, units=units
+    )
+    assert ceiling.cost_picos == 20_000 + picos
+
+
+def test_tokens_do_not_matter_where_units_pay_for_everything() -> None:
+    assert ceiling_cost(UNITS_ONLY, 10, 2, units={"images": 2}) == 140_000
+    assert ceiling_cost(UNITS_ONLY, 10, 2, units={"images": 0}) is None
+    assert ceiling_cost(UNITS_ONLY, 10, 2) is None
+    half = ModelPrices({TokenClass.INPUT: 1_000}, units=MEDIA.units)
+    assert ceiling_cost(half, 10, 2, units={"images": 2}) is None
+
+
+@pytest.mark.parametrize(
+    "unit, bounded_by", [("images", 1), ("input_characters", 1), ("audio_ms", 0), ("queries", 0)]
+)
+def test_a_unit_without_a_price_is_bounded_by_the_tokens_that_pay_for_it(
+    unit: str, bounded_by: int
+) -> None:
+    bounds = [0, 0]
+    assert ceiling_cost(TOKENS_ONLY, *bounds, units={unit: 1}) is None
+    bounds[1 - bounded_by] = 10
+    assert ceiling_cost(TOKENS_ONLY, *bounds, units={unit: 1}) is None
+    bounds[bounded_by] = 10
+    assert ceiling_cost(TOKENS_ONLY, *bounds, units={unit: 1}) == 60_000
+    # Tokens that cost nothing do not pay for anything else.
+    assert ceiling_cost(FREE, *bounds, units={unit: 1}) is None
+    assert ceiling_cost(None, *bounds, units={unit: 1}) is None
+
+
+def test_speech_is_bounded_by_its_length_as_well() -> None:
+    by_length = ModelPrices({}, units={"second": 7})
+    assert ceiling_cost(by_length, 0, 0, units={"input_characters": 5, "audio_ms": 2_000}) == 14
+    assert ceiling_cost(by_length, 0, 0, units={"input_characters": 5, "audio_ms": 0}) is None
+    assert ceiling_cost(by_length, 0, 0, units={"input_characters": 5}) is None
+    assert ceiling_cost(UNITS_ONLY, 0, 0, units={"input_characters": 5}) == 1_500
+
+
+def test_a_disputed_unit_has_no_ceiling() -> None:
+    disputed = ModelPrices(MEDIA.tokens, units=MEDIA.units, disputed=frozenset({"image"}))
+    assert ceiling_cost(disputed, 10, 2, units={"images": 1}) is None
+    assert ceiling_cost(disputed, 10, 2, units={"images": 0, "queries": 1}) == 29_000
+
+
+def test_a_unit_of_another_name_is_a_mistake() -> None:
+    with pytest.raises(KeyError):
+        ceiling_cost(MEDIA, 10, 2, units={"image": 1})
+
+
+def test_a_service_tier_is_held_at_its_price_or_the_standard_one() -> None:
+    tiers = {
+        "flex": ModelPrices({TokenClass.INPUT: 500, TokenClass.OUTPUT: 2_500}),
+        "priority": ModelPrices({TokenClass.INPUT: 2_000, TokenClass.OUTPUT: 9_000}),
+    }
+    prices = ModelPrices(MEDIA.tokens, service_tiers=tiers)
+    wanted = {None: 20_000, "auto": 20_000, "flex": 20_000, "priority": 38_000}
+    for service_tier, picos in wanted.items():
+        assert ceiling_cost(prices, 10, 2, service_tier=service_tier) == picos
+        held = ceiling_price(
+            TWICE,
+            prices,
+            10,
+            2,
+            nanos_per_credit=CREDIT,
+            default_hold_nanos=HOLD,
+            service_tier=service_tier,
+        )
+        assert held == 2 * picos // 1_000
+    limits = [
+        affordable_output_tokens(TWICE, prices, 10, 1, 400, CREDIT, service_tier=service_tier)
+        for service_tier in wanted
+    ]
+    assert limits == [38, 38, 38, 20]
+
+
+def test_the_ceiling_of_units_is_sold_and_afforded() -> None:
+    def held(rule: Rule, prices: ModelPrices, **units: int) -> int:
+        return ceiling_price(
+            rule, prices, 0, 0, nanos_per_credit=CREDIT, default_hold_nanos=HOLD, units=units
+        )
+
+    assert held(TWICE, UNITS_ONLY, images=2) == 280
+    assert held(TWICE, TOKENS_ONLY, images=2) == HOLD
+    # A rule by the token sells everything else at cost.
+    assert held(PER_TOKEN, UNITS_ONLY, images=2) == 140
+    assert held(PER_TOKEN, TOKENS_ONLY, images=2) == HOLD
+
+    def afforded(nanos: int) -> int:
+        return affordable_output_tokens(
+            TWICE, MEDIA, 10, 1, nanos, CREDIT, units={"images": 2}, max_output_tokens=99
+        )
+
+    assert [afforded(nanos) for nanos in (299, 300, 310, 9_999)] == [0, 0, 1, 99]
+
+
+@pytest.mark.parametrize(
+    "rule, prices, usage, nanos",
+    [
+        (TWICE, MEDIA, Usage(input_tokens=10, output_tokens=2), 40),
+        (TWICE, MEDIA, Usage(images=3), 420),
+        (TWICE, TOKENS_ONLY, Usage(images=3), None),
+        (TWICE, None, Usage(input_tokens=10), None),
+        (FLAT, MEDIA, Usage(queries=1), CREDIT),
+        (FLAT, TOKENS_ONLY, Usage(queries=1), None),
+        (Rule(name="r", terms=FLAT.terms, allow_loss=True), TOKENS_ONLY, Usage(queries=1), CREDIT),
+        (Rule(name="r", terms=FLAT.terms, allow_loss=True), None, Usage(queries=1), CREDIT),
+        (PER_TOKEN, FREE, Usage(input_tokens=1000), CREDIT),
+        (PER_TOKEN, MEDIA, Usage(input_characters=1000), 300),
+        (Rule(name="r", terms=PER_TOKEN.terms, allow_loss=True), MEDIA, Usage(queries=1), None),
+        (TWICE, ModelPrices({TokenClass.INPUT: MAX_AMOUNT}), Usage(input_tokens=2), None),
+    ],
+)
+def test_the_likely_price_is_what_the_usage_would_be_sold_for(
+    rule: Rule, prices: ModelPrices | None, usage: Usage, nanos: int | None
+) -> None:
+    assert likely_price(rule, prices, usage, nanos_per_credit=CREDIT) == nanos
+
+
+def test_the_likely_price_is_that_of_the_service_tier() -> None:
+    prices = ModelPrices(MEDIA.tokens, service_tiers={"flex": ModelPrices({TokenClass.INPUT: 500})})
+    usage = Usage(input_tokens=10)
+    for service_tier, nanos in ((None, 20), ("flex", 10), ("default", 20)):
+        likely = likely_price(
+            TWICE, prices, usage, nanos_per_credit=CREDIT, service_tier=service_tier
+        )
+        assert likely == nanos

@@ -4,7 +4,7 @@ from pricing.errors import CostUnknownError, InvalidAmountError, UsageUnknownErr
 from pricing.markup import Charge, ChargeLine, action_charge, byok_charge, charge
 from pricing.money import MAX_AMOUNT
 from pricing.price_book import Flat, Markup, PerToken, Rule, parse_price_book
-from pricing.usage import TokenClass, Usage
+from pricing.usage import UNIT_COUNTS, TokenClass, Usage
 
 CREDIT = 1_000_000  # nano-USD: a credit is $0.001
 USAGE = Usage(input_tokens=1000, output_tokens=500)
@@ -49,6 +49,49 @@ def test_tokens_are_priced_by_class_with_the_multiplier() -> None:
         ChargeLine("input", 1000, 3 * CREDIT * 10**9),
         ChargeLine("output", 500, 6 * CREDIT * 10**9),
     )
+
+
+# A speech, a reranking, pictures: nothing that a rule by the token has a price for.
+SPEECH = Usage(input_characters=777)
+
+
+def test_what_is_not_bought_by_the_token_is_sold_at_cost_by_a_rule_for_tokens() -> None:
+    sold = charge(PER_TOKEN, cost_picos=11_655_000_001, usage=SPEECH, nanos_per_credit=CREDIT)
+    assert sold.price_nanos == 11_655_001
+    assert sold.lines == (ChargeLine("cost_floor", 1, 11_655_000_001 * 10**6),)
+
+
+@pytest.mark.parametrize("unit", UNIT_COUNTS)
+@pytest.mark.parametrize("cost_picos", [1, None])
+def test_a_rule_for_tokens_that_may_lose_gives_nothing_else_away(
+    unit: str, cost_picos: int | None
+) -> None:
+    usage = Usage(**{unit: 1})
+    with pytest.raises(UsageUnknownError):
+        charge(loss(PER_TOKEN), cost_picos=cost_picos, usage=usage, nanos_per_credit=CREDIT)
+    least = Rule(name="r", terms=PER_TOKEN.terms, allow_loss=True, minimum_nanocredits=3 * 10**9)
+    sold = charge(least, cost_picos=cost_picos, usage=usage, nanos_per_credit=CREDIT)
+    assert sold.price_nanos == 3 * CREDIT
+    counted = Usage(**{unit: 1}, input_tokens=1000)
+    sold = charge(loss(PER_TOKEN), cost_picos=cost_picos, usage=counted, nanos_per_credit=CREDIT)
+    assert sold.price_nanos == 3 * CREDIT
+
+
+def test_a_rule_that_sells_tokens_for_nothing_sells_what_came_with_them_for_nothing() -> None:
+    free = Rule(
+        name="r",
+        terms=PerToken({TokenClass.INPUT: 0, TokenClass.OUTPUT: 0}),
+        allow_loss=True,
+    )
+    usage = Usage(images=1, output_tokens=1290)
+    assert charge(free, cost_picos=9, usage=usage, nanos_per_credit=CREDIT).price_nanos == 0
+
+
+def test_what_costs_nothing_may_be_sold_for_nothing() -> None:
+    for rule in (PER_TOKEN, loss(PER_TOKEN)):
+        assert charge(rule, cost_picos=0, usage=SPEECH, nanos_per_credit=CREDIT).price_nanos == 0
+        empty = charge(rule, cost_picos=0, usage=Usage(), nanos_per_credit=CREDIT)
+        assert empty.price_nanos == 0
 
 
 def test_fractions_of_an_atto_are_rounded_in_the_sum_and_not_line_by_line() -> None:

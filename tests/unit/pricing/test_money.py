@@ -10,6 +10,7 @@ from pricing.money import (
     decimal_text,
     nanos_from_credits,
     nanos_from_usd,
+    picos_from_float_text,
     picos_from_usd,
     usd_text,
     usd_text_from_picos,
@@ -169,3 +170,32 @@ def test_credits_are_exact_where_they_can_be(nanos: int, worth: int, text: str) 
 
 def test_ceil_div_rounds_up() -> None:
     assert [ceil_div(n, 3) for n in (-4, -3, 0, 1, 3, 4)] == [-1, -1, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text, picos",
+    [
+        # Sums of floats, as LiteLLM writes them.
+        ("3.7000000000000005e-05", 37_000_000),
+        ("0.00022500000000000002", 225_000_000),
+        ("9.999999999999999e-05", 100_000_000),
+        ("0.00009999999999999999", 100_000_000),
+        ("1.35e-05", 13_500_000),
+        ("0.123456789012345", 123_456_789_013),
+        ("0.0000000000001", 1),
+        ("0", 0),
+        ("12345678.9012345", None),
+    ],
+)
+def test_digits_of_a_float_beyond_what_it_means_are_no_money(text: str, picos: int | None) -> None:
+    if picos is None:  # more than the ledger holds
+        with pytest.raises(InvalidAmountError):
+            picos_from_float_text(text)
+    else:
+        assert picos_from_float_text(text) == picos
+
+
+@pytest.mark.parametrize("text", ["", "NaN", "-1e-5", "1e999", "inf", "1_0"])
+def test_what_is_no_float_is_refused(text: str) -> None:
+    with pytest.raises(InvalidAmountError):
+        picos_from_float_text(text)

@@ -4,7 +4,14 @@ import pytest
 
 from pricing.errors import CostUnknownError, InvalidAmountError
 from pricing.money import MAX_AMOUNT
-from pricing.rating import ModelPrices, merge_ceiling, parse_model_prices, rate
+from pricing.rating import (
+    ModelPrices,
+    PriceTier,
+    is_free,
+    merge_ceiling,
+    parse_model_prices,
+    rate,
+)
 from pricing.usage import TokenClass, Usage
 
 
@@ -16,6 +23,12 @@ def prices_of(**info: object) -> ModelPrices:
 
 def cost(prices: ModelPrices, **counts: int) -> int:
     return rate(prices, Usage(**counts))
+
+
+def reason(prices: ModelPrices, **counts: int) -> str:
+    with pytest.raises(CostUnknownError) as caught:
+        cost(prices, **counts)
+    return caught.value.reason
 
 
 # Entries of LiteLLM's price map (1.106.2), cut down to their prices.
@@ -198,12 +211,202 @@ def test_pictures_are_paid_by_piece_unless_they_came_as_tokens() -> None:
     assert cost(by_piece, images=2) == 80_000_000_000
     both = prices_of(output_cost_per_image=0.04, output_cost_per_image_token=1e-12)
     assert cost(both, images=1, output_tokens=5, image_output_tokens=5) == 5
-    assert cost(both, images=1, output_tokens=5) == 40_000_000_005
+    assert cost(both, images=1, output_tokens=5) == 5
     by_token = prices_of(output_cost_per_token=1e-12)
     assert cost(by_token, images=1, output_tokens=5) == 5
-    with pytest.raises(CostUnknownError) as caught:
-        cost(by_token, images=1)
-    assert caught.value.reason == "no_price_for_image"
+    assert reason(by_token, images=1) == "no_price_for_image"
+
+
+def test_tokens_of_the_prompt_do_not_pay_for_a_picture() -> None:
+    info = {"input_cost_per_token": 1e-12, "output_cost_per_image_token": 1e-12}
+    assert reason(prices_of(**info), images=1, input_tokens=3) == "no_price_for_image"
+    both = prices_of(**info, output_cost_per_image=0.04)
+    assert cost(both, images=1, input_tokens=3) == 40_000_000_003
+
+
+def test_the_price_of_a_picture_is_the_one_that_litellm_takes() -> None:
+    # Its default calculator takes the input price first; calculators of a provider never do.
+    entry = {"input_cost_per_image": 0.011, "output_cost_per_image": 0.04}
+    assert prices_of(**entry).units == {"image": 11_000_000_000}
+    assert prices_of(**entry, litellm_provider="openai").units == {"image": 11_000_000_000}
+    for provider in ("bedrock", "vertex_ai-image-models"):
+        assert prices_of(**entry, litellm_provider=provider).units == {"image": 40_000_000_000}
+    assert parse_model_prices({"input_cost_per_image": 1, "litellm_provider": "gemini"}) is None
+
+
+def test_a_price_by_the_pixel_needs_a_size_and_is_not_rated() -> None:
+    assert parse_model_prices({"input_cost_per_pixel": 1e-9}) is None
+    zeros = {"input_cost_per_token": 0, "output_cost_per_token": 0}
+    assert parse_model_prices({**zeros, "input_cost_per_pixel": 1e-9}) is None
+    tokens = prices_of(input_cost_per_token=1e-9, input_cost_per_pixel=1e-9)
+    assert reason(tokens, images=1, input_tokens=1) == "no_price_for_image"
+
+
+def test_free_text_beside_a_price_by_the_picture_makes_no_picture_free() -> None:
+    prices = prices_of(input_cost_per_token=0, output_cost_per_token=0, output_cost_per_image=0.04)
+    assert cost(prices, input_tokens=5, output_tokens=5) == 0
+    assert cost(prices, images=1, input_tokens=5, output_tokens=9) == 40_000_000_000
+    media = {"output_tokens": 9, "image_output_tokens": 9}
+    assert cost(prices, images=1, **media) == 40_000_000_000
+    assert reason(prices, **media) == "no_price_for_image_output"
+    assert reason(prices, output_tokens=9, audio_output_tokens=9) == "no_price_for_audio_output"
+
+
+def test_sound_is_paid_by_the_second_and_rounded_up_once() -> None:
+    prices = prices_of(input_cost_per_second=7e-12)
+    assert [cost(prices, audio_ms=ms) for ms in (0, 1, 142, 143, 1000, 12_345)] == [
+        0, 1, 1, 2, 7, 87,
+    ]  # fmt: skip
+    # In LiteLLM's floats these are 0.0001 x 12.345 and a little more.
+    assert cost(prices_of(input_cost_per_second=0.0001), audio_ms=12_345) == 1_234_500_000
+
+
+@pytest.mark.parametrize(
+    "made, heard, picos",
+    [
+        (2e-12, None, 2),
+        (2e-12, 1e-12, 2),
+        (0.0, 1e-12, 1),
+        (None, 1e-12, 1),
+        (0, None, 0),
+        (0, 0, 0),
+    ],
+)
+def test_a_second_has_one_price(made: float | None, heard: float | None, picos: int) -> None:
+    prices = prices_of(output_cost_per_second=made, input_cost_per_second=heard)
+    assert prices.units == {"second": picos}
+    assert cost(prices, audio_ms=1000) == picos
+
+
+def test_the_time_on_the_clock_does_not_pay_for_sound() -> None:
+    info = {"input_cost_per_token": 0, "output_cost_per_token": 0, "cost_per_second": 0.1}
+    assert parse_model_prices(info) is None
+
+
+def test_a_transcription_is_paid_by_tokens_where_they_were_counted() -> None:
+    prices = prices_of(
+        input_cost_per_token=1e-12,
+        input_cost_per_audio_token=2e-12,
+        output_cost_per_token=3e-12,
+        input_cost_per_second=1e-9,
+    )
+    counted = {"input_tokens": 10, "audio_input_tokens": 4, "output_tokens": 1}
+    assert cost(prices, audio_ms=5000, **counted) == 6 + 4 * 2 + 3
+    assert cost(prices, audio_ms=5000, input_tokens=10) == 10
+    assert cost(prices, audio_ms=5000) == 5000
+    by_token = prices_of(input_cost_per_token=1e-12, output_cost_per_token=3e-12)
+    assert reason(by_token, audio_ms=5000) == "no_price_for_second"
+
+
+def test_a_model_that_is_paid_by_the_second_is_not_free_because_tokens_were_counted() -> None:
+    prices = prices_of(input_cost_per_token=0, output_cost_per_token=0, input_cost_per_second=1e-9)
+    assert cost(prices, audio_ms=5000, input_tokens=10, output_tokens=3) == 5000
+    assert reason(prices, input_tokens=10) == "no_price_for_input"
+
+
+def test_speech_is_paid_by_the_character() -> None:
+    prices = prices_of(input_cost_per_character=1.5e-05)
+    assert cost(prices, input_characters=777) == 777 * 15_000_000
+    # Counted otherwise it is the same text and the same sound.
+    counted = {"input_tokens": 200, "output_tokens": 900, "audio_ms": 4000}
+    assert cost(prices, input_characters=777, **counted) == 777 * 15_000_000
+
+
+def test_characters_take_the_place_of_the_text_tokens_only() -> None:
+    prices = prices_of(
+        input_cost_per_token=5e-12, output_cost_per_token=7e-12, input_cost_per_character=2e-12
+    )
+    counted = {"input_tokens": 10, "cached_input_tokens": 4, "output_tokens": 3}
+    assert cost(prices, input_characters=100, **counted) == 200 + 4 * 5 + 3 * 7
+    assert cost(prices, **counted) == 10 * 5 + 3 * 7
+
+
+def test_speech_without_a_price_by_the_character_is_paid_by_what_was_made() -> None:
+    tokens = {"input_cost_per_token": 1e-12, "output_cost_per_audio_token": 4e-12}
+    prices = prices_of(**tokens, output_cost_per_token=2e-12)
+    made = {"output_tokens": 9, "audio_output_tokens": 9}
+    assert cost(prices, input_characters=50, input_tokens=10, **made) == 10 + 9 * 4
+    # LiteLLM takes the tokens of the text for all there is: a thousandth of the true cost.
+    assert reason(prices, input_characters=50, input_tokens=10) == "no_price_for_input_character"
+    assert reason(prices, input_characters=50, audio_ms=1000) == "no_price_for_input_character"
+    by_length = prices_of(**tokens, output_cost_per_second=1e-9)
+    assert cost(by_length, input_characters=50, audio_ms=2000) == 2000
+    assert cost(by_length, input_characters=50, audio_ms=2000, input_tokens=10) == 2010
+    assert reason(by_length, input_characters=50) == "no_price_for_input_character"
+
+
+def test_characters_that_cost_nothing_are_free_unless_tokens_cost_something() -> None:
+    free = prices_of(input_cost_per_character=0)
+    assert cost(free, input_characters=50) == 0
+    tokens = {"input_cost_per_token": 1e-12, "output_cost_per_token": 2e-12}
+    prices = prices_of(**tokens, input_cost_per_character=0)
+    assert cost(prices, input_characters=50, input_tokens=10, output_tokens=3) == 16
+
+
+def test_a_reranking_is_paid_by_the_query() -> None:
+    cohere = prices_of(
+        input_cost_per_query=0.002, input_cost_per_token=0.0, output_cost_per_token=0.0
+    )
+    assert cost(cohere, queries=3) == 6_000_000_000
+    assert cost(cohere, queries=1, input_tokens=500) == 2_000_000_000
+    jina = prices_of(input_cost_per_token=5e-08, output_cost_per_token=0.0)
+    assert cost(jina, queries=1, input_tokens=500) == 25_000_000
+    assert reason(jina, queries=1) == "no_price_for_query"
+    both = prices_of(input_cost_per_query=1e-9, input_cost_per_token=1e-12)
+    assert cost(both, queries=2, input_tokens=5) == 2005
+
+
+def test_free_tokens_make_no_unit_free() -> None:
+    prices = prices_of(input_cost_per_token=0, output_cost_per_token=0)
+    assert reason(prices, audio_ms=1, input_tokens=5) == "no_price_for_second"
+    assert reason(prices, input_characters=1) == "no_price_for_input_character"
+    assert reason(prices, queries=1) == "no_price_for_query"
+    assert reason(prices, images=1, output_tokens=1) == "no_price_for_image"
+
+
+@pytest.mark.parametrize(
+    "info, free",
+    [
+        ({"input_cost_per_token": 0, "output_cost_per_token": 0.0}, True),
+        ({"input_cost_per_token": "0", "input_cost_per_query": "0.0"}, True),
+        ({"input_cost_per_second": 0}, True),
+        ({"input_cost_per_token": 0, "max_tokens": 32_768, "cost_center": "x"}, True),
+        ({"input_cost_per_token": 0, "ocr_cost_per_page": 0, "x_cost": None}, True),
+        ({"input_cost_per_token": 0, "output_cost_per_token": 1e-12}, False),
+        ({"input_cost_per_token": 0, "input_cost_per_token_above_200k_tokens": 1e-9}, False),
+        ({"input_cost_per_token": 0, "output_cost_per_image": 0.01}, False),
+        ({"input_cost_per_token": 0, "input_cost_per_token_priority": 1e-9}, False),
+        ({"input_cost_per_token": 0, "ocr_cost_per_page": 0.001}, False),
+        ({"input_cost_per_token": 0, "output_cost_per_video_per_second": "0.1"}, False),
+        ({"input_cost_per_token": 0, "search_context_cost_per_query": {"low": 0.01}}, False),
+    ],
+)
+def test_free_is_where_every_price_is_zero(info: dict[str, Any], *, free: bool) -> None:
+    assert is_free(prices_of(**info)) is free
+
+
+def test_nothing_priced_is_not_free() -> None:
+    assert not is_free(ModelPrices({}))
+
+
+def test_free_is_seen_in_the_prices_themselves() -> None:
+    zero, one = {TokenClass.INPUT: 0}, {TokenClass.INPUT: 1}
+    assert is_free(ModelPrices(zero, (PriceTier(5, zero),), units={"image": 0}))
+    assert not is_free(ModelPrices(zero, (PriceTier(5, one),)))
+    assert not is_free(ModelPrices(zero, units={"image": 1}))
+    assert not is_free(ModelPrices(zero, search=1))
+    assert not is_free(ModelPrices(zero, service_tiers={"priority": ModelPrices(one)}))
+    assert not is_free(ModelPrices(zero, costs_something=True))
+
+
+def test_tokens_pay_where_any_tier_has_a_price_for_them() -> None:
+    prices = ModelPrices(
+        {TokenClass.INPUT: 0},
+        (PriceTier(5, {TokenClass.INPUT: 1}),),
+        units={"second": 1_000},
+    )
+    assert cost(prices, audio_ms=1, input_tokens=6) == 6
+    assert cost(prices, audio_ms=1) == 1
 
 
 def test_explicit_zeros_are_free() -> None:
@@ -227,7 +430,7 @@ def test_zeros_beside_a_price_by_the_second_are_not_free() -> None:
     prices = prices_of(
         input_cost_per_token=0, output_cost_per_token=0, input_cost_per_second=0.0001
     )
-    assert prices.units == {"input_second": 100_000_000}
+    assert prices.units == {"second": 100_000_000}
     with pytest.raises(CostUnknownError) as caught:
         cost(prices, input_tokens=1)
     assert caught.value.reason == "no_price_for_input"
@@ -292,3 +495,38 @@ def test_merging_with_an_unpriced_deployment_bounds_nothing() -> None:
     assert merged is not None
     assert merged.tokens == {}
     assert merged.units == {"image": 40_000_000_000}
+
+
+def test_a_unit_that_deployments_sell_differently_is_disputed() -> None:
+    by_character = {"input_cost_per_character": 3e-12}
+    by_token = {"input_cost_per_token": 1e-12, "output_cost_per_token": 1e-12}
+    speech = {"input_characters": 10, "input_tokens": 5, "output_tokens": 5}
+    same = merge_ceiling([prices_of(**by_character), prices_of(input_cost_per_character=5e-12)])
+    assert same is not None
+    assert not same.disputed
+    assert cost(same, **speech) == 50
+    deployments: list[list[dict[str, Any]]] = [
+        [by_character, by_token],
+        [by_token | by_character, by_token],
+        [by_token | by_character, by_character],
+        [by_token | by_character, by_token | {"input_cost_per_character": 0}],
+        [
+            by_character | {"input_cost_per_token": 1e-12},
+            by_character | {"output_cost_per_image_token": 1e-12},
+        ],
+    ]
+    for infos in deployments:
+        merged = merge_ceiling([prices_of(**info) for info in infos])
+        assert merged is not None
+        assert "input_character" in merged.disputed
+        assert reason(merged, **speech) == "no_price_for_input_character"
+
+
+def test_merging_keeps_what_makes_a_model_cost_something() -> None:
+    free = prices_of(input_cost_per_token=0, output_cost_per_token=0)
+    merged = merge_ceiling([free, free])
+    assert merged is not None
+    assert is_free(merged)
+    merged = merge_ceiling([free, prices_of(input_cost_per_token=0, ocr_cost_per_page=1)])
+    assert merged is not None
+    assert not is_free(merged)

@@ -1,7 +1,7 @@
 import pytest
 
 from pricing.errors import UsageUnknownError
-from pricing.usage import MAX_TOKENS, TokenClass, Usage
+from pricing.usage import MAX_TOKENS, UNIT_COUNTS, TokenClass, Usage
 
 
 def test_classes_do_not_overlap_and_add_up_to_the_wholes() -> None:
@@ -49,6 +49,9 @@ def test_a_cached_audio_token_counts_once() -> None:
         {"input_tokens": 1, "cached_input_tokens": 2},
         {"input_tokens": 1, "cache_creation_1h_tokens": 1},
         {"output_tokens": 1, "reasoning_tokens": 2},
+        {"audio_ms": -1},
+        {"input_characters": 1.5},
+        {"queries": MAX_TOKENS + 1},
         {"audio_tokens": 1},
     ],
 )
@@ -57,6 +60,17 @@ def test_impossible_counts_are_refused(counts: dict[str, object]) -> None:
         Usage.checked(**counts)
     with pytest.raises(UsageUnknownError):
         Usage.from_dict(counts)
+
+
+@pytest.mark.parametrize("name", UNIT_COUNTS)
+def test_units_stand_beside_the_tokens(name: str) -> None:
+    usage = Usage.clamped(**{name: 3})
+    assert usage.has_units
+    assert usage.by_class() == {}
+    assert usage.total_tokens == 0
+    assert usage.as_dict() == {"input_tokens": 0, "output_tokens": 0, name: 3}
+    assert Usage.from_dict(usage.as_dict()) == usage
+    assert not Usage(input_tokens=3).has_units
 
 
 def test_clamping_cuts_parts_down_to_their_wholes() -> None:

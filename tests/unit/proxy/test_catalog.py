@@ -99,3 +99,19 @@ async def test_damaged_copy_is_ignored(tmp_path: Path) -> None:
         catalog.load_cache()
         assert not catalog.is_known
     await control.close()
+
+
+def test_zero_is_a_price_only_of_models_that_are_meant_to_be_free() -> None:
+    zero: dict[str, Any] = {"input_cost_per_token": 0, "output_cost_per_token": 0.0}
+    rows = [
+        row("llama-local", **zero),
+        row("gone-free", **zero),
+        # What LiteLLM makes of a model of its price map that it has no price of.
+        row("snowflake", **zero, mode="chat"),
+        row("moderate", **zero, mode="moderation"),
+        row("pictures", **zero, output_cost_per_image=0.04),
+        row("embed", input_cost_per_token=1e-8, output_cost_per_token=0),
+    ]
+    models = read_models(rows, ["llama-*", "gone-free"])
+    priced = {name for name, model in models.items() if model.prices is not None}
+    assert priced == {"llama-local", "gone-free", "moderate", "pictures", "embed"}

@@ -21,7 +21,7 @@ def test_what_metering_needs_is_added_to_what_the_operator_wrote() -> None:
     assert document == {
         "model_list": [PLAIN],
         "litellm_settings": {
-            "request_timeout": 600,
+            "request_timeout": 900,
             "drop_params": True,
             "num_retries": 3,
             "telemetry": False,

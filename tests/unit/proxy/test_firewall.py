@@ -1,21 +1,31 @@
 """What a hostile customer can put into a body, and what an innocent one does."""
 
-import os
-import subprocess
-import sys
+import io
 from importlib.util import find_spec
 from typing import Any
 
 import msgspec
 import pytest
 
+from proxy.endpoints import ENDPOINTS, Endpoint
 from proxy.errors import InvalidRequestError
 from proxy.firewall import (
     ALLOWED,
+    CHAT,
+    COMPLETIONS,
     DROPPED,
+    EMBEDDINGS,
+    IMAGE_EDITS,
+    MESSAGES,
+    RESPONSES,
+    SOUND,
+    Policy,
     check_body,
+    check_form,
     upstream_headers,
 )
+from proxy.wire.form import Form, FormFile
+from tests.support.litellm_names import names_known_to_litellm
 
 
 def check(**members: object) -> dict[str, Any]:
@@ -141,7 +151,7 @@ def test_usual_tier_passes(tier: str | None) -> None:
     assert check(service_tier=tier) == {"service_tier": tier}
 
 
-@pytest.mark.parametrize("tier", ["priority", "flex", "scale", "Auto", 1, {}])
+@pytest.mark.parametrize("tier", ["scale", "Auto", "ultrafast", 1, {}])
 def test_tier_at_another_price_is_refused(tier: object) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         check(service_tier=tier)
@@ -197,60 +207,162 @@ def test_no_tools_are_no_tools() -> None:
     assert check(tools=None, functions=[]) == {"tools": None, "functions": []}
 
 
-_LITELLMS_OWN_NAMES = """
-import inspect, json, litellm
-from litellm.litellm_core_utils import initialize_dynamic_callback_params as callbacks
-from litellm.proxy import litellm_pre_call_utils, route_llm_request
-from litellm.proxy.auth import auth_utils
-from litellm.types import router, utils
-
-names = {
-    *utils.all_litellm_params,
-    *utils.CustomPricingLiteLLMParams.model_fields,
-    *router.LiteLLM_Params.model_fields,
-    *auth_utils._BANNED_REQUEST_BODY_PARAMS,
-    *litellm_pre_call_utils._UNTRUSTED_ROOT_CONTROL_FIELDS,
-    *litellm_pre_call_utils._UNTRUSTED_METADATA_CONTROL_FIELDS,
-    *route_llm_request.GATED_MOCK_PARAM_NAMES,
-    *callbacks._supported_callback_params,
-    *callbacks._request_blocked_callback_params,
-}
-for function in (
-    litellm.completion,
-    litellm.acompletion,
-    litellm.Router.acompletion,
-    litellm.Router._acompletion,
-    litellm.Router.async_function_with_fallbacks,
-    litellm.Router.async_function_with_retries,
-):
-    names |= set(inspect.signature(function).parameters)
-print(json.dumps(sorted(names)))
-"""
+# What no endpoint's reference has, and may pass all the same where others' parameters do: it can
+# change how many tokens an answer has, within its limit, and nothing else.
+INNOCENT = set(
+    """
+    document documents error instruction instructions prompt_cache_options query reasoning
+    reasoning_effort stream_options thinking tool_choice toolConfig tool_config top_k top_n_tokens
+    temperature user voice
+    """.split()  # noqa: SIM905 (a list to read)
+)
 
 
 @pytest.mark.skipif(find_spec("litellm") is None, reason="LiteLLM is not installed")
-def test_every_name_that_litellm_knows_is_decided_upon() -> None:
-    printed = subprocess.run(  # another process: importing LiteLLM takes seconds and 173 MB
-        [sys.executable, "-c", _LITELLMS_OWN_NAMES],
-        env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
-        check=True,
-        capture_output=True,
-    ).stdout
-    names = set(msgspec.json.decode(printed.splitlines()[-1], type=list[str]))
-    assert len(names) > 400
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
+def test_every_name_that_litellm_knows_is_decided_upon(endpoint: Endpoint) -> None:
+    known = names_known_to_litellm()
+    assert len(known.settings) > 400
+    assert len(known.in_code) > 200
+    own = known.endpoints.get(endpoint.name, frozenset[str]())
+    assert bool(own) == (endpoint.name != "audio.translations")
     undecided: list[str] = []
-    for name in sorted(names - ALLOWED - DROPPED):
+    names = known.settings | own | known.in_code
+    for name in sorted(names - endpoint.policy.allowed - endpoint.policy.files - DROPPED):
         try:
-            check_body({name: msgspec.Raw(b'"x"')})
+            if endpoint.parse_form is None:
+                check_body({name: msgspec.Raw(b'"x"')}, endpoint.policy)
+            else:
+                check_form(Form(texts=[(name, "x")]), endpoint.policy)
         except InvalidRequestError:
             continue
         undecided.append(name)
-    assert undecided == []
+    assert set(undecided) <= INNOCENT
+    assert endpoint.policy.is_open or not undecided
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
+def test_settings_of_litellm_are_refused_on_every_endpoint(endpoint: Endpoint) -> None:
+    for name in HOSTILE:
+        if name in endpoint.policy.allowed:
+            continue  # a word of the reference here: `prompt` of a completion, `speed` of speech
+        with pytest.raises(InvalidRequestError) as refused:
+            check_body({name: msgspec.Raw(b'"x"')}, endpoint.policy)
+        assert refused.value.param == name[:64]
+
+
+@pytest.mark.parametrize(
+    "name", ["n", "max_tokens", "max_completion_tokens", "messages", "modalities", "audio"]
+)
+@pytest.mark.parametrize("policy", [COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS])
+def test_what_bounds_the_cost_of_a_chat_is_not_smuggled_past_another_endpoints_bounds(
+    policy: Policy, name: str
+) -> None:
+    if name in policy.allowed:
+        return
+    with pytest.raises(InvalidRequestError, match="no such parameter"):
+        check_body({name: msgspec.Raw(b"10")}, policy)
+
+
+@pytest.mark.parametrize("policy", [COMPLETIONS, EMBEDDINGS])
+def test_tier_is_refused_where_nothing_reckons_with_it(policy: Policy) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        check_body({"service_tier": msgspec.Raw(b'"priority"')}, policy)
+    assert refused.value.param == "service_tier"
+
+
+def a_file(name: str) -> FormFile:
+    return FormFile(name, "a.bin", "application/octet-stream", io.BytesIO(b"x"), 1)
+
+
+def test_form_passes_what_its_reference_has() -> None:
+    texts = [("model", "m"), ("include[]", "a"), ("include[]", "b"), ("metadata", "{}")]
+    assert check_form(Form(texts, [a_file("file")]), SOUND) == texts[:3]
+    files = [a_file(name) for name in ("image", "image[]", "mask")]
+    assert check_form(Form([("prompt", "x")], files), IMAGE_EDITS) == [("prompt", "x")]
+
+
+@pytest.mark.parametrize("name", ["model", "n", "metadata", "api_key", "litellm_metadata", "x", ""])
+def test_file_is_refused_by_any_name_but_a_files(name: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        check_form(Form([("model", "m")], [a_file("image"), a_file(name)]), IMAGE_EDITS)
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize("policy, name", [(IMAGE_EDITS, "image"), (SOUND, "file")])
+def test_text_by_the_name_of_a_file_is_refused(policy: Policy, name: str) -> None:
+    with pytest.raises(InvalidRequestError, match="send it as a file") as refused:
+        check_form(Form([(name, "https://example.com/a")]), policy)
+    assert refused.value.param == name
+
+
+ANTHROPIC_TOOLS: list[dict[str, Any]] = [
+    {"type": "bash_20250124", "name": "bash"},
+    {"type": "text_editor_20250728", "name": "edit", "max_characters": 100},
+    {"type": "computer_20250124", "name": "computer", "display_width_px": 1},
+    {"type": "memory_20250818", "name": "memory"},
+    {"name": "f", "input_schema": {}, "cache_control": {"type": "ephemeral"}},
+]
+SERVER_TOOLS: list[dict[str, Any]] = [
+    {"type": "web_search_20250305", "name": "web_search"},
+    {"type": "web_fetch_20250910", "name": "web_fetch"},
+    {"type": "code_execution_20250825", "name": "code_execution"},
+    {"type": "tool_search_tool_regex_20251119", "name": "search"},
+    {"type": "mcp_toolset", "mcp_server_name": "x"},
+    {"type": "bash_20250124", "name": "bash", "server_url": "http://x"},
+    {"type": "bash_20250124x", "name": "bash"},
+    {"type": "web_search"},
+    {"type": "file_search", "vector_store_ids": ["vs_1"]},
+    {"type": "code_interpreter", "container": {"type": "auto"}},
+    {"type": "computer_use_preview", "environment": "linux"},
+    {"type": "image_generation"},
+    {"type": "mcp", "server_label": "x", "server_url": "http://x"},
+    {"type": "local_shell"},
+    {"name": "litellm_web_search", "input_schema": {}},
+]
+
+
+@pytest.mark.parametrize("tool", ANTHROPIC_TOOLS, ids=lambda tool: tool["name"])
+def test_anthropics_tools_that_the_client_runs_pass(tool: dict[str, Any]) -> None:
+    tools = msgspec.Raw(msgspec.json.encode([tool]))
+    assert check_body({"tools": tools}, MESSAGES) == {"tools": tools}
+
+
+@pytest.mark.parametrize("tool", SERVER_TOOLS, ids=lambda tool: tool.get("type", tool.get("name")))
+@pytest.mark.parametrize("policy", [CHAT, RESPONSES, MESSAGES])
+def test_tools_that_cost_more_than_tokens_are_refused(policy: Policy, tool: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        check_body({"tools": msgspec.Raw(msgspec.json.encode([tool]))}, policy)
+    assert refused.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    "sent, passed",
+    [
+        ("interleaved-thinking-2025-05-14", "interleaved-thinking-2025-05-14"),
+        ("context-1m-2025-08-07,files-api-2025-04-14", "context-1m-2025-08-07"),
+        ("effort-2025-11-24 , claude-code-20250219", "effort-2025-11-24,claude-code-20250219"),
+        ("files-api-2025-04-14", None),
+        ("code-execution-2025-08-25", None),
+        ("mcp-client-2025-04-04", None),
+        ("web-fetch-2025-09-10", None),
+        ("skills-2025-10-02", None),
+        ("effort-2025-11-24\r\nx-evil: 1", "effort-2025-11-24"),
+        ("xeffort-2025-11-24", None),
+        ("effort-2025-11-24x", None),
+        ("", None),
+    ],
+)
+def test_only_betas_that_change_no_price_pass(sent: str, passed: str | None) -> None:
+    headers = upstream_headers("id", "account", "sk-master", sent)
+    assert headers.get("anthropic-beta") == passed
 
 
 def test_upstream_gets_our_headers_only() -> None:
-    headers = upstream_headers("0199-id", "sk-master")
+    headers = upstream_headers("0199-id", "an-account", "sk-master", "nonsense-2026-01-01")
     assert headers["authorization"] == "Bearer sk-master"
     assert headers["x-litellm-call-id"] == "0199-id"
+    assert headers["x-tallygate-account"] == "an-account"
+    assert "anthropic-beta" not in headers
     assert headers["content-type"] == "application/json"
     assert headers["accept-encoding"] == "identity"

@@ -5,7 +5,9 @@ import pytest
 
 from pricing.usage import MAX_TOKENS
 from proxy.errors import InvalidRequestError
-from proxy.wire.chat_request import MAX_DEPTH, MAX_NODES, parse_chat_request, upstream_body
+from proxy.wire.body import MAX_DEPTH, MAX_NODES
+from proxy.wire.chat_request import OUTPUT_LIMITS, parse_chat_request
+from proxy.wire.request import upstream_body
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -17,7 +19,12 @@ def body(**members: object) -> bytes:
 def sent(request_body: bytes, output_limit: int | None = None) -> dict[str, Any]:
     request = parse_chat_request(request_body)
     forwarded = upstream_body(
-        request, fields=request.fields, output_limit=output_limit, api_key=None
+        request,
+        fields=request.fields,
+        output_limit=output_limit,
+        api_key=None,
+        output_limits=OUTPUT_LIMITS,
+        reports_usage=True,
     )
     return msgspec.json.decode(forwarded, type=dict[str, Any])
 
@@ -33,7 +40,7 @@ def test_plain_request_is_read() -> None:
     assert request.prompt_bytes == len(document)
     assert (request.images, request.audio_clips, request.files) == (0, 0, 0)
     assert request.prediction_bytes == 0
-    assert request.modalities == frozenset()
+    assert (request.has_audio, request.has_images) == (False, False)
     assert set(request.fields) == {"model", "messages"}
 
 
@@ -53,7 +60,7 @@ def test_what_decides_about_money_is_read() -> None:
     assert request.n == 3
     assert request.output_limit == 70
     assert request.include_usage
-    assert request.modalities == {"text", "audio"}
+    assert request.has_audio
     assert request.prediction_bytes == len(b'{"type":"content","content":"abc"}')
 
 
@@ -181,7 +188,14 @@ def test_last_of_several_members_of_one_name_counts_and_is_sent_alone() -> None:
     document = b'{"model":"a","n":1,"messages":[{}],"mod\\u0065l":"b","n":2}'
     request = parse_chat_request(document)
     assert (request.model, request.n) == ("b", 2)
-    forwarded = upstream_body(request, fields=request.fields, output_limit=None, api_key=None)
+    forwarded = upstream_body(
+        request,
+        fields=request.fields,
+        output_limit=None,
+        api_key=None,
+        output_limits=OUTPUT_LIMITS,
+        reports_usage=True,
+    )
     assert forwarded.count(b'"model"') == forwarded.count(b'"n"') == 1
     assert msgspec.json.decode(forwarded)["model"] == "b"
 
@@ -189,7 +203,14 @@ def test_last_of_several_members_of_one_name_counts_and_is_sent_alone() -> None:
 def test_unread_members_are_sent_as_they_came() -> None:
     document = b'{"model":"demo","messages":[{"role":"user", "content":"\\u00e9"}],"seed":1.50}'
     request = parse_chat_request(document)
-    forwarded = upstream_body(request, fields=request.fields, output_limit=None, api_key=None)
+    forwarded = upstream_body(
+        request,
+        fields=request.fields,
+        output_limit=None,
+        api_key=None,
+        output_limits=OUTPUT_LIMITS,
+        reports_usage=True,
+    )
     assert b'[{"role":"user", "content":"\\u00e9"}]' in forwarded
     assert b"1.50" in forwarded
 
@@ -228,9 +249,17 @@ def test_clamp_stands_where_the_client_has_its_limit(
 def test_customers_key_is_added_and_members_that_may_not_pass_are_not_sent() -> None:
     request = parse_chat_request(body(tags=["x"]))
     fields = {name: value for name, value in request.fields.items() if name != "tags"}
-    forwarded = upstream_body(request, fields=fields, output_limit=None, api_key="sk-theirs")
+    forwarded = upstream_body(
+        request,
+        fields=fields,
+        output_limit=None,
+        api_key="sk-theirs",
+        output_limits=OUTPUT_LIMITS,
+        reports_usage=True,
+    )
     assert msgspec.json.decode(forwarded) == {
         "model": "demo",
         "messages": MESSAGES,
         "api_key": "sk-theirs",
+        "disable_fallbacks": True,
     }

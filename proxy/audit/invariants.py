@@ -1,49 +1,11 @@
-"""`tallygate audit`: every invariant of the ledger, checked against the rows themselves.
+"""The invariants of the whole ledger: a query each, whose result is the rows that break it."""
 
-Reads one snapshot and changes nothing, so it may run beside a busy service. Invariants that compare
-rows are a query each, whose result is the rows that break it; the prices are computed once more in
-Python, by the code that made them, from usage and price book as they are stored. Results are
-streamed: memory does not grow with the ledger.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, LiteralString
-
-import psycopg
-from psycopg import IsolationLevel
-from psycopg.rows import DictRow, dict_row
-
-from pricing.errors import PricingError
-from pricing.markup import Charge, byok_charge, charge
-from pricing.money import PICOS_PER_NANO
-from pricing.price_book import Markup, PriceBook, Rule, parse_price_book
-from pricing.usage import Usage
-
-MAX_EXAMPLES = 20
-_STREAMED_ROWS = 2000
-
-
-@dataclass(slots=True)
-class Finding:
-    """One invariant with what was found: how many rows were checked, how many break it."""
-
-    name: str
-    promise: str
-    checked: int = 0
-    violations: int = 0
-    # The first rows that break it, with the values that show why.
-    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-    def report(self, row: Mapping[str, Any]) -> None:
-        """Count a row that breaks the invariant, and keep it if it is among the first."""
-        self.violations += 1
-        if len(self.rows) < MAX_EXAMPLES:
-            self.rows.append(dict(row))
+from dataclasses import dataclass
+from typing import LiteralString
 
 
 @dataclass(frozen=True, slots=True)
-class _Invariant:
+class Invariant:
     """`checked` counts the rows that it speaks of; `broken` selects those that break it."""
 
     name: str
@@ -60,7 +22,7 @@ _TRANSACTIONS: LiteralString = (
 )
 
 INVARIANTS = (
-    _Invariant(
+    Invariant(
         "sequence_without_gaps",
         "an account's entries are numbered 1, 2, 3 …",
         _ENTRIES,
@@ -68,25 +30,38 @@ INVARIANTS = (
         SELECT * FROM (
             SELECT
                 e.account_id, e.request_id, e.kind, e.seq,
-                lag(e.seq, 1, 0::bigint) OVER (PARTITION BY e.account_id ORDER BY e.seq) AS previous
-            FROM entries AS e
+                lag(e.seq, 1, coalesce(f.seq, 0)) OVER (PARTITION BY e.account_id ORDER BY e.seq)
+                AS previous
+            FROM (
+                SELECT account_id, request_id, kind, seq FROM entries
+                UNION ALL
+                SELECT account_id, NULL, 'detached', seq FROM carried_seams
+            ) AS e
+            LEFT JOIN carried_floors AS f ON e.account_id = f.account_id
         ) AS s
         WHERE s.seq <> s.previous + 1
         """,
     ),
-    _Invariant(
+    Invariant(
         "sequence_ends_at_balance",
         "the balance counts every entry, the last one included",
         _ACCOUNTS,
         """
         SELECT account_id, b.seq AS balance_seq, e.seq AS last_seq
         FROM balances AS b
-        FULL JOIN (SELECT account_id, max(seq) AS seq FROM entries GROUP BY account_id) AS e
-            USING (account_id)
+        FULL JOIN (
+            SELECT account_id, max(seq) AS seq FROM (
+                SELECT account_id, seq FROM entries
+                UNION ALL
+                SELECT account_id, seq FROM carried_seams
+                UNION ALL
+                SELECT account_id, seq FROM carried_floors
+            ) AS known GROUP BY account_id
+        ) AS e USING (account_id)
         WHERE b.seq IS DISTINCT FROM coalesce(e.seq, 0)
         """,
     ),
-    _Invariant(
+    Invariant(
         "running_balances_chain",
         "each entry's balance is the one before plus its own delta",
         _ENTRIES,
@@ -94,19 +69,32 @@ INVARIANTS = (
         SELECT * FROM (
             SELECT
                 e.account_id, e.request_id, e.kind, e.seq,
-                e.posted_after, lag(e.posted_after, 1, 0::bigint) OVER walk + e.posted_delta
+                e.posted_after,
+                lag(e.posted_after, 1, coalesce(f.posted_after, 0)) OVER walk + e.posted_delta
                 AS posted_expected,
-                e.reserved_after, lag(e.reserved_after, 1, 0::bigint) OVER walk + e.reserved_delta
-                AS reserved_expected
-            FROM entries AS e
+                e.reserved_after,
+                lag(e.reserved_after, 1, coalesce(f.reserved_after, 0)) OVER walk
+                + e.reserved_delta AS reserved_expected
+            FROM (
+                SELECT
+                    account_id, request_id, kind, seq, posted_delta, reserved_delta, posted_after,
+                    reserved_after
+                FROM entries
+                UNION ALL
+                SELECT
+                    account_id, NULL, 'detached', seq, posted_delta, reserved_delta, posted_after,
+                    reserved_after
+                FROM carried_seams
+            ) AS e
+            LEFT JOIN carried_floors AS f ON e.account_id = f.account_id
             WINDOW walk AS (PARTITION BY e.account_id ORDER BY e.seq)
         ) AS s
         WHERE s.posted_after <> s.posted_expected OR s.reserved_after <> s.reserved_expected
         """,
     ),
-    _Invariant(
+    Invariant(
         "balances_equal_journal",
-        "posted and reserved are the sums of the entries' deltas",
+        "posted and reserved are the sums of the entries' deltas, the detached ones included",
         _ACCOUNTS,
         """
         SELECT
@@ -114,14 +102,18 @@ INVARIANTS = (
             b.reserved, coalesce(e.reserved, 0) AS reserved_in_entries
         FROM balances AS b
         FULL JOIN (
-            SELECT account_id, sum(posted_delta) AS posted, sum(reserved_delta) AS reserved
-            FROM entries GROUP BY account_id
+            SELECT account_id, sum(posted) AS posted, sum(reserved) AS reserved
+            FROM (
+                SELECT account_id, posted_delta AS posted, reserved_delta AS reserved FROM entries
+                UNION ALL
+                SELECT account_id, posted, reserved FROM carried_totals
+            ) AS known GROUP BY account_id
         ) AS e USING (account_id)
         WHERE b.posted IS DISTINCT FROM coalesce(e.posted, 0)
             OR b.reserved IS DISTINCT FROM coalesce(e.reserved, 0)
         """,
     ),
-    _Invariant(
+    Invariant(
         "reserved_equals_open_holds",
         "what is reserved is the sum of the open holds",
         _ACCOUNTS,
@@ -134,7 +126,7 @@ INVARIANTS = (
         WHERE b.reserved IS DISTINCT FROM coalesce(h.amount, 0)
         """,
     ),
-    _Invariant(
+    Invariant(
         "holds_end_once",
         "a hold is open, or it ended in exactly one capture, void or expiry",
         "SELECT count(*) FROM entries WHERE kind = 'hold'",
@@ -155,7 +147,7 @@ INVARIANTS = (
             OR o.amount <> e.hold
         """,
     ),
-    _Invariant(
+    Invariant(
         "endings_release_their_hold",
         "a capture, void or expiry gives back the whole of its hold",
         "SELECT count(*) FROM entries WHERE kind IN ('capture', 'void', 'expire')",
@@ -168,32 +160,55 @@ INVARIANTS = (
             AND (h.amount IS NULL OR t.reserved_delta <> -h.amount OR h.reserved_delta <> h.amount)
         """,
     ),
-    _Invariant(
-        "late_captures_follow_expiry",
-        "a late capture stands only behind the expiry of its hold",
+    Invariant(
+        "late_captures_bring_late_truth",
+        "a late capture follows an expiry, or a void by the word of the witness or an operator",
         "SELECT count(*) FROM entries WHERE kind = 'late_capture'",
         """
-        SELECT l.account_id, l.request_id, l.seq, x.seq AS expired_at_seq
+        SELECT l.account_id, l.request_id, l.seq, x.kind AS ended_by, x.seq AS ended_at_seq
         FROM entries AS l
+        LEFT JOIN usage AS u ON l.account_id = u.account_id AND l.request_id = u.request_id
         LEFT JOIN entries AS x
-            ON l.account_id = x.account_id AND l.request_id = x.request_id AND x.kind = 'expire'
+            ON l.account_id = x.account_id AND l.request_id = x.request_id
+            AND (
+                x.kind = 'expire' OR x.kind = 'void'
+                AND (u.cost_source = 'witness' OR u.resolution IN ('charge', 'reprice'))
+            )
         WHERE l.kind = 'late_capture' AND (x.seq IS NULL OR x.seq > l.seq)
         """,
     ),
-    _Invariant(
+    Invariant(
         "captures_equal_usage",
-        "every capture has a usage row with its price, every priced usage row its capture",
+        "every capture, with its correction, has a usage row with its price, and every price them",
         "SELECT (SELECT count(*) FROM entries WHERE kind IN ('capture', 'late_capture'))"
         " + (SELECT count(*) FROM usage WHERE status IN ('billed', 'byok'))",
         """
-        SELECT account_id, request_id, c.kind, -c.posted_delta AS captured, u.status, u.price
+        SELECT account_id, request_id, c.kind, c.amount, x.amount AS correction, u.status, u.price
         FROM (SELECT * FROM entries WHERE kind IN ('capture', 'late_capture')) AS c
         FULL JOIN (SELECT * FROM usage WHERE status IN ('billed', 'byok')) AS u
             USING (account_id, request_id)
-        WHERE u.price IS DISTINCT FROM -c.posted_delta OR u.price IS DISTINCT FROM c.amount
+        FULL JOIN (SELECT * FROM entries WHERE kind = 'correction') AS x
+            USING (account_id, request_id)
+        WHERE u.price IS DISTINCT FROM c.amount - coalesce(x.amount, 0)
+            OR c.amount IS DISTINCT FROM -c.posted_delta OR x.amount <> x.posted_delta
+            OR x.seq < c.seq OR (x.seq > 0 AND u.resolution IS DISTINCT FROM 'reprice')
         """,
     ),
-    _Invariant(
+    Invariant(
+        "decisions_stand_in_the_trail",
+        "what an operator decided of a request stands in the audit trail, with its price",
+        "SELECT count(*) FROM usage WHERE resolution IS NOT NULL",
+        """
+        SELECT u.account_id, u.request_id, u.resolution, u.price, array_agg(t.detail) AS told
+        FROM usage AS u LEFT JOIN audit_trail AS t
+            ON u.account_id = t.account_id AND t.action LIKE 'review.%'
+            AND u.request_id = (t.detail ->> 'request_id')::uuid
+        WHERE u.resolution IS NOT NULL GROUP BY u.account_id, u.request_id
+        HAVING count(t.event_id) <> 1 OR max(t.action) <> 'review.' || u.resolution
+            OR max((t.detail ->> 'price')::bigint) IS DISTINCT FROM u.price
+        """,
+    ),
+    Invariant(
         "usage_agrees_with_journal",
         "a usage row's status is what the entries of its request say, its hold what was held",
         "SELECT count(*) FROM usage",
@@ -227,7 +242,7 @@ INVARIANTS = (
             )
         """,
     ),
-    _Invariant(
+    Invariant(
         "no_overspend",
         "available is below zero by nothing but the overdraft that is booked",
         _ACCOUNTS,
@@ -240,7 +255,7 @@ INVARIANTS = (
             OR b.overdraft <> greatest(0, -(b.posted - b.reserved + b.credit_limit))
         """,
     ),
-    _Invariant(
+    Invariant(
         "holds_within_available",
         "no hold took more than was available when it was placed",
         "SELECT count(*) FROM entries WHERE kind = 'hold' AND amount > 0",
@@ -254,25 +269,54 @@ INVARIANTS = (
             AND e.posted_after - e.reserved_after + b.credit_limit < 0
         """,
     ),
-    _Invariant(
+    Invariant(
         "funding_equals_entries",
         "every deposit, grant, refund, adjustment and reversal has its entry of the same amount",
         "SELECT (SELECT count(*) FROM funding) + (SELECT count(*) FROM entries WHERE kind IN"
         " ('deposit', 'grant', 'refund', 'adjustment', 'reversal'))",
         """
+        WITH kept AS (
+            -- Entries below this id were detached, if they are not there; NULL where none were.
+            SELECT
+                uuid_floor((max(month) + interval '1 month') AT TIME ZONE 'UTC') AS from_id
+            FROM detached_months
+        ),
+        paired AS (
+            SELECT
+                account_id, f.source, f.external_id, f.kind AS funding_kind,
+                f.amount AS funding_amount, request_id AS entry_id, e.kind AS entry_kind,
+                e.posted_delta AS entry_amount, e.amount
+            FROM (SELECT *, entry_id AS request_id FROM funding) AS f
+            FULL JOIN (
+                SELECT * FROM entries
+                WHERE kind IN ('deposit', 'grant', 'refund', 'adjustment', 'reversal')
+            ) AS e USING (account_id, request_id)
+        )
         SELECT
-            account_id, f.source, f.external_id, f.kind AS funding_kind, f.amount AS funding_amount,
-            request_id AS entry_id, e.kind AS entry_kind, e.posted_delta AS entry_amount
-        FROM (SELECT *, entry_id AS request_id FROM funding) AS f
+            p.account_id, p.source, p.external_id, p.funding_kind, p.funding_amount, p.entry_id,
+            p.entry_kind, p.entry_amount
+        FROM paired AS p, kept AS k
+        WHERE (
+            p.funding_kind IS DISTINCT FROM p.entry_kind
+            OR p.funding_amount IS DISTINCT FROM p.entry_amount
+            OR p.funding_amount IS DISTINCT FROM p.amount
+        ) AND NOT coalesce(p.entry_kind IS NULL AND p.entry_id < k.from_id, false)
+        UNION ALL
+        SELECT account_id, NULL, NULL, kind, f.amount, NULL, kind, c.posted
+        FROM (
+            SELECT p.account_id, p.funding_kind AS kind, sum(p.funding_amount) AS amount
+            FROM paired AS p, kept AS k
+            WHERE p.entry_kind IS NULL AND p.entry_id < k.from_id
+            GROUP BY p.account_id, p.funding_kind
+        ) AS f
         FULL JOIN (
-            SELECT * FROM entries
+            SELECT * FROM carried_totals
             WHERE kind IN ('deposit', 'grant', 'refund', 'adjustment', 'reversal')
-        ) AS e USING (account_id, request_id)
-        WHERE f.kind IS DISTINCT FROM e.kind OR f.amount IS DISTINCT FROM e.posted_delta
-            OR f.amount IS DISTINCT FROM e.amount
+        ) AS c USING (account_id, kind)
+        WHERE f.amount IS DISTINCT FROM c.posted
         """,
     ),
-    _Invariant(
+    Invariant(
         "double_entry_balances",
         "each transaction's debits equal its credits",
         _TRANSACTIONS,
@@ -283,7 +327,7 @@ INVARIANTS = (
         HAVING sum(d.debit) <> sum(d.credit)
         """,
     ),
-    _Invariant(
+    Invariant(
         "liability_equals_balances",
         "what the books say we owe an account is its posted balance",
         _ACCOUNTS,
@@ -297,7 +341,7 @@ INVARIANTS = (
         WHERE b.posted IS DISTINCT FROM coalesce(d.liability, 0)
         """,
     ),
-    _Invariant(
+    Invariant(
         "key_counters_equal_open_holds",
         "a key's counters of holds and reserved money are those of its open holds",
         "SELECT count(*) FROM key_counters",
@@ -315,7 +359,7 @@ INVARIANTS = (
             OR c.reserved IS DISTINCT FROM coalesce(h.amount, 0)
         """,
     ),
-    _Invariant(
+    Invariant(
         "journal_is_append_only",
         "the service's role can change no table, and a trigger refuses changes of the journal",
         "SELECT count(*) FROM pg_class WHERE relnamespace = 'tallygate'::regnamespace"
@@ -345,7 +389,13 @@ INVARIANTS = (
         UNION ALL
         SELECT t.relname, 'no enabled trigger refuses UPDATE and DELETE'
         FROM tables AS t
-        WHERE t.root IN ('entries', 'audit_trail', 'price_books') AND NOT EXISTS (
+        WHERE (
+            t.root IN (
+                'entries', 'audit_trail', 'price_books', 'seals', 'seal_points', 'detached_months'
+            )
+            -- The tables of detached months, which have no parent any more.
+            OR t.root ~ '^(entries|usage)_[0-9]{4}_[0-9]{2}$'
+        ) AND NOT EXISTS (
             SELECT 1 FROM pg_trigger AS g
             WHERE g.tgrelid = t.oid AND g.tgfoid = to_regproc('tallygate.refuse_change')
                 AND g.tgenabled IN ('O', 'A')
@@ -355,132 +405,3 @@ INVARIANTS = (
         """,
     ),
 )
-
-
-def audit(url: str) -> list[Finding]:
-    """Check every invariant in one snapshot. Raises psycopg's errors where the database is away."""
-    with psycopg.connect(url, connect_timeout=10, application_name="tallygate audit") as connection:
-        connection.isolation_level = IsolationLevel.REPEATABLE_READ
-        connection.read_only = True
-        connection.execute("SET LOCAL search_path = tallygate, pg_temp")
-        connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-        connection.execute("SET LOCAL jit = off")
-        findings = [_check(connection, invariant) for invariant in INVARIANTS]
-        return [*findings, *_check_prices(connection)]
-
-
-def _check(connection: psycopg.Connection[Any], invariant: _Invariant) -> Finding:
-    ((checked,),) = connection.execute(invariant.checked).fetchall()
-    finding = Finding(invariant.name, invariant.promise, checked=checked)
-    for broken in _stream(connection, invariant.broken):
-        finding.report(broken)
-    return finding
-
-
-def _stream(connection: psycopg.Connection[Any], query: LiteralString) -> Iterator[DictRow]:
-    with connection.cursor("audit", row_factory=dict_row) as cursor:
-        cursor.itersize = _STREAMED_ROWS
-        cursor.execute(query)
-        yield from cursor
-
-
-# -------------------------------------------------------------------------------------------------
-# Prices
-# -------------------------------------------------------------------------------------------------
-
-_TOKEN_COLUMNS = tuple(Usage.__slots__)
-_PRICED_USAGE: LiteralString = """
-    SELECT
-        account_id, request_id, tier, model, byok, status, input_tokens, cached_input_tokens,
-        cache_creation_tokens, cache_creation_1h_tokens, output_tokens, reasoning_tokens,
-        audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images,
-        cost_picos, price, rounding_attos, rule, markup_ppm, price_version
-    FROM usage WHERE price IS NOT NULL
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Book:
-    book: PriceBook
-    nanos_per_credit: int
-
-
-def _check_prices(connection: psycopg.Connection[Any]) -> Iterable[Finding]:
-    """Compute every charge once more from its usage and the version of the price book it names."""
-    recomputed = Finding(
-        "charges_recompute",
-        "price, rounding, rule and markup follow from usage, cost and the price book's version",
-    )
-    covered = Finding(
-        "prices_cover_costs", "no price is below the cost unless its rule allows a loss"
-    )
-    books = _price_books(connection)
-    for row in _stream(connection, _PRICED_USAGE):
-        found = books.get(row["price_version"])
-        rule = None
-        recomputed.checked += 1
-        if isinstance(found, _Book):
-            rule = found.book.select(str(row["account_id"]), row["tier"], row["model"])
-            problem = _difference(row, rule, found.nanos_per_credit)
-        else:
-            problem = {"error": found or "there is no such version of the price book"}
-        if problem:
-            recomputed.report({**_identity(row), **problem})
-        if row["status"] == "billed":
-            covered.checked += 1
-            may_lose = rule is not None and rule.allow_loss
-            cost_picos: int | None = row["cost_picos"]
-            # Without a cost nothing shows that the price covers it.
-            is_covered = cost_picos is not None and row["price"] * PICOS_PER_NANO >= cost_picos
-            if not (may_lose or is_covered):
-                covered.report({**_identity(row), "cost_picos": cost_picos})
-    return recomputed, covered
-
-
-def _price_books(connection: psycopg.Connection[Any]) -> dict[int, _Book | str]:
-    """Read every version; in place of one that can't be read stands the reason."""
-    books: dict[int, _Book | str] = {}
-    for row in _stream(connection, "SELECT version, document, nanos_per_credit FROM price_books"):
-        try:
-            books[row["version"]] = _Book(
-                parse_price_book(row["document"]), row["nanos_per_credit"]
-            )
-        except PricingError as error:
-            books[row["version"]] = f"its price book can't be read: {error}"
-    return books
-
-
-def _difference(row: DictRow, rule: Rule, nanos_per_credit: int) -> dict[str, Any]:
-    """Return each value of the charge that is not what it should be; empty if all are."""
-    try:
-        expected = _charge(row, rule, nanos_per_credit)
-    except PricingError as error:
-        return {"error": f"it can't be priced: {error}"}
-    is_markup = isinstance(rule.terms, Markup) and not row["byok"]
-    values = {
-        "price": expected.price_nanos,
-        "rounding_attos": expected.rounding_attos,
-        "rule": expected.rule,
-        "markup_ppm": rule.terms.factor_ppm
-        if is_markup and isinstance(rule.terms, Markup)
-        else None,
-    }
-    wrong = {name: value for name, value in values.items() if row[name] != value}
-    return {name: row[name] for name in wrong} | {
-        f"{name}_expected": value for name, value in wrong.items()
-    }
-
-
-def _charge(row: DictRow, rule: Rule, nanos_per_credit: int) -> Charge:
-    cost_picos: int | None = row["cost_picos"]
-    if row["byok"]:
-        return byok_charge(rule, cost_picos=cost_picos, nanos_per_credit=nanos_per_credit)
-    usage = None
-    if row["input_tokens"] is not None or row["output_tokens"] is not None:
-        usage = Usage.checked(**{name: row[name] or 0 for name in _TOKEN_COLUMNS})
-    return charge(rule, cost_picos=cost_picos, usage=usage, nanos_per_credit=nanos_per_credit)
-
-
-def _identity(row: DictRow) -> dict[str, Any]:
-    names = ("account_id", "request_id", "price_version", "price")
-    return {name: row[name] for name in names}

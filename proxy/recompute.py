@@ -1,0 +1,33 @@
+"""A charge made anew from what the ledger keeps of it: for receipts, audits and late reports."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pricing.markup import Charge, byok_charge, charge
+from pricing.price_book import Rule
+from pricing.usage import Usage
+
+# The rule of a price that an operator set.
+BY_HAND = "review"
+
+_COUNTS = tuple(Usage.__slots__)
+
+
+def usage_of(row: Mapping[str, Any]) -> Usage | None:
+    """Return a row's usage; None where it knows none. Raises UsageUnknownError for an impossible.
+
+    `row` has the columns of `usage` that are named like the counts.
+    """
+    if all(row[name] is None for name in _COUNTS):
+        return None
+    return Usage.checked(**{name: row[name] or 0 for name in _COUNTS})
+
+
+def charge_of(row: Mapping[str, Any], rule: Rule, nanos_per_credit: int) -> Charge:
+    """Price a row's usage and cost by a rule; raises PricingError where that can't be done."""
+    cost_picos: int | None = row["cost_picos"]
+    if row["byok"]:
+        return byok_charge(rule, cost_picos=cost_picos, nanos_per_credit=nanos_per_credit)
+    return charge(
+        rule, cost_picos=cost_picos, usage=usage_of(row), nanos_per_credit=nanos_per_credit
+    )

@@ -1,0 +1,1 @@
+"""Each guard of the ledger removed in turn: see `make mutation`."""
