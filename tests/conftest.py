@@ -1,5 +1,7 @@
 """What every test may ask for; heavy things are made at their first use and once a worker."""
 
+import signal
+
 import pytest
 
 pytest_plugins = [
@@ -9,6 +11,11 @@ pytest_plugins = [
     "tests.support.service",
     "tests.support.api",
 ]
+
+
+# Whoever starts the tests in the background has them ignore SIGINT, and every process that they
+# start would inherit it; the command lines under test are ended with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

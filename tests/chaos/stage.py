@@ -26,7 +26,7 @@ from tests.chaos.customers import NANOS_PER_CREDIT, Order
 from tests.chaos.pgwire import PostgresWire
 from tests.chaos.script import MODEL, MODEL_INFO
 from tests.support.postgres import Cluster
-from tests.support.service import ROOT, TALLYGATE, Service, free_port, prepare_service
+from tests.support.service import NO_TLS, ROOT, TALLYGATE, Service, free_port, prepare_service
 
 TTL_S = 5
 # Holds expire soon and without grace, so that the sweeper races whatever comes late.
@@ -113,7 +113,9 @@ class StandIn:
 
         def answers() -> bool:
             try:
-                return httpx.get(f"{self.url}/health/liveliness", timeout=2).status_code == 200
+                return httpx.get(
+                    f"{self.url}/health/liveliness", timeout=2, verify=NO_TLS
+                ).is_success
             except httpx.TransportError:
                 return False
 
@@ -228,7 +230,8 @@ class Replica:
     def is_ready(self) -> bool:
         """Whether it takes requests that it can meter."""
         try:
-            return httpx.get(f"{self.service.base_url}/readyz", timeout=5).status_code == 200
+            url = f"{self.service.base_url}/readyz"
+            return httpx.get(url, timeout=5, verify=NO_TLS).is_success
         except httpx.TransportError:
             return False
 

@@ -14,7 +14,7 @@ from psycopg.rows import dict_row
 from tests.support.litellm import RunningLiteLLM
 from tests.support.postgres import Cluster
 from tests.support.provider import FakeProvider
-from tests.support.service import Customer, Service, prepare_service
+from tests.support.service import NO_TLS, Customer, Service, prepare_service
 
 CHAT = "/v1/chat/completions"
 
@@ -119,7 +119,7 @@ def wait_for(condition: Callable[[], bool], what: str, *, timeout_s: float = 30)
 
 def _listens(service: Service) -> bool:
     try:
-        return httpx.get(f"{service.base_url}/livez", timeout=2).status_code == 200
+        return httpx.get(f"{service.base_url}/livez", timeout=2, verify=NO_TLS).is_success
     except httpx.TransportError:
         return False
 

@@ -24,7 +24,7 @@ from proxy.spool import Spool
 from proxy.up import Trace
 from tests.integration.money import Money
 from tests.support.litellm import RunningLiteLLM
-from tests.support.service import free_port
+from tests.support.service import NO_TLS, free_port
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
@@ -122,7 +122,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 def is_up(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", timeout=2).status_code == 200
+        return httpx.get(f"{url}/readyz", timeout=2, verify=NO_TLS).is_success
     except httpx.TransportError:
         return False
 

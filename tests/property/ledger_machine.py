@@ -165,7 +165,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self._world.pass_a_month()
             case "replay", back:
                 if self._done:
-                    self._world.step(self._done[-1 - back % len(self._done)])
+                    self._world.step(self._done[-1 - int(back) % len(self._done)])
             case kind, how:
                 operation = self._make(kind, how)
                 self._world.step(operation)
