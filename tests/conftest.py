@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = [
     "tests.support.postgres",
@@ -12,6 +13,10 @@ pytest_plugins = [
     "tests.support.api",
 ]
 
+
+# How fast examples are made says more about the machine than about a test.
+settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("tests")
 
 # Whoever starts the tests in the background has them ignore SIGINT, and every process that they
 # start would inherit it; the command lines under test are ended with it.

@@ -5,18 +5,26 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from proxy.embedded.litellm_config import QUIET
 
-with pytest.MonkeyPatch.context() as quietly:
-    # It imports LiteLLM, which would look for its prices in the internet.
-    for variable, text in QUIET.items():
-        quietly.setenv(variable, text)
-    from proxy.embedded import tallygate_witness as module
+if TYPE_CHECKING:
     from proxy.embedded.tallygate_witness import Outbox
+
+URL_VARIABLE = "TALLYGATE_WITNESS_URL"
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[Any]:
+    """The module under test. It imports LiteLLM, which takes seconds: not while tests are found."""
+    with pytest.MonkeyPatch.context() as quietly:
+        for variable, text in QUIET.items():  # else LiteLLM looks for its prices in the internet
+            quietly.setenv(variable, text)
+        yield import_module("proxy.embedded.tallygate_witness")
 
 
 class Poster:
@@ -48,11 +56,11 @@ class Poster:
 
 
 @pytest.fixture
-def outbox() -> Iterator[Callable[..., Outbox]]:
+def outbox(module: Any) -> Iterator[Callable[..., "Outbox"]]:
     made: list[Outbox] = []
 
-    def make(poster: Poster, **options: int) -> Outbox:
-        made.append(Outbox(poster, **options))
+    def make(poster: Poster, **options: int) -> "Outbox":
+        made.append(module.Outbox(poster, **options))
         return made[-1]
 
     yield make
@@ -60,7 +68,7 @@ def outbox() -> Iterator[Callable[..., Outbox]]:
         box.close()
 
 
-def test_reports_that_come_together_travel_together(outbox: Callable[..., Outbox]) -> None:
+def test_reports_that_come_together_travel_together(outbox: Callable[..., "Outbox"]) -> None:
     poster = Poster()
     box = outbox(poster)
     for number in range(3):
@@ -70,7 +78,7 @@ def test_reports_that_come_together_travel_together(outbox: Callable[..., Outbox
 
 
 def test_a_full_batch_waits_for_nobody(
-    outbox: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
+    module: Any, outbox: Callable[..., "Outbox"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LINGER_S", 600)
     poster = Poster()
@@ -81,7 +89,7 @@ def test_a_full_batch_waits_for_nobody(
     assert len(poster.taken) == module.BATCH
 
 
-def test_what_could_not_be_sent_is_sent_again(outbox: Callable[..., Outbox]) -> None:
+def test_what_could_not_be_sent_is_sent_again(outbox: Callable[..., "Outbox"]) -> None:
     poster = Poster(ConnectionRefusedError(), 503, http.client.RemoteDisconnected("gone"), 401)
     box = outbox(poster)
     box.add({"n": 1})
@@ -90,7 +98,7 @@ def test_what_could_not_be_sent_is_sent_again(outbox: Callable[..., Outbox]) -> 
 
 
 def test_the_oldest_are_lost_and_counted_where_there_are_too_many(
-    outbox: Callable[..., Outbox],
+    outbox: Callable[..., "Outbox"],
 ) -> None:
     poster = Poster()
     poster.gate.clear()
@@ -104,7 +112,7 @@ def test_the_oldest_are_lost_and_counted_where_there_are_too_many(
     assert poster.bodies[1] == {"reports": [{"n": 4}, {"n": 5}], "dropped": 3}
 
 
-def test_adding_does_not_wait_for_a_tallygate_that_hangs(outbox: Callable[..., Outbox]) -> None:
+def test_adding_does_not_wait_for_a_tallygate_that_hangs(outbox: Callable[..., "Outbox"]) -> None:
     poster = Poster()
     poster.gate.clear()
     box = outbox(poster)
@@ -119,7 +127,7 @@ def test_adding_does_not_wait_for_a_tallygate_that_hangs(outbox: Callable[..., O
 
 @pytest.mark.parametrize("status", [400, 413])
 def test_what_is_refused_for_good_is_given_up_and_counted(
-    outbox: Callable[..., Outbox], status: int
+    outbox: Callable[..., "Outbox"], status: int
 ) -> None:
     poster = Poster(status)
     box = outbox(poster)
@@ -131,7 +139,7 @@ def test_what_is_refused_for_good_is_given_up_and_counted(
 
 
 def test_patience_has_an_end(
-    outbox: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
+    module: Any, outbox: Callable[..., "Outbox"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE_S", 0)
     poster = Poster(503)
@@ -143,18 +151,18 @@ def test_patience_has_an_end(
     assert poster.bodies[1] == {"reports": [{"n": 2}], "dropped": 1}
 
 
-def test_closing_sends_what_is_left() -> None:
+def test_closing_sends_what_is_left(module: Any) -> None:
     poster = Poster()
-    box = Outbox(poster)
+    box = module.Outbox(poster)
     for number in range(250):
         box.add({"n": number})
     box.close()
     assert poster.taken == list(range(250))
 
 
-def test_closing_does_not_wait_for_a_tallygate_that_is_gone() -> None:
+def test_closing_does_not_wait_for_a_tallygate_that_is_gone(module: Any) -> None:
     poster = Poster(*[OSError("gone")] * 5)
-    box = Outbox(poster)
+    box = module.Outbox(poster)
     box.add({"n": 1})
     started = time.monotonic()
     box.close()
@@ -162,14 +170,14 @@ def test_closing_does_not_wait_for_a_tallygate_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize("url", ["", "tallygate:4000", "ftp://tallygate"])
-def test_url_that_is_none_is_named(url: str) -> None:
+def test_url_that_is_none_is_named(module: Any, url: str) -> None:
     with pytest.raises(ValueError, match=module.URL_VARIABLE):
         module.poster(url, "token")
 
 
-@pytest.mark.parametrize("environ", [{}, {module.URL_VARIABLE: "http://x"}])
+@pytest.mark.parametrize("environ", [{}, {URL_VARIABLE: "http://x"}])
 def test_without_its_settings_it_is_silent(
-    environ: dict[str, str], caplog: pytest.LogCaptureFixture
+    module: Any, environ: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     module.make_witness(environ)
     assert "nothing is reported" in caplog.text
