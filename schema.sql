@@ -715,7 +715,9 @@ BEGIN
     ORDER BY w.ord;
 END $$;
 
--- Give live requests more time. Harmless for a hold that has ended.
+-- Give live requests more time. Harmless for a hold that has ended. It waits for nobody, because
+-- its locks are not sorted: a hold that somebody has locked is left out, and where that was another
+-- heartbeat or a settlement that failed, the next heartbeat comes long before the hold is overdue.
 CREATE FUNCTION extend_holds(p_account_ids uuid[], p_request_ids uuid[], p_ttl_s integer)
 RETURNS integer LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
     WITH live AS (
@@ -1283,7 +1285,8 @@ CREATE FUNCTION fund(
     p_account_id uuid, p_entry_id uuid, p_kind text, p_amount bigint, p_source text,
     p_external_id text, p_reason text, p_actor text
 ) RETURNS TABLE (outcome text, entry_id uuid, posted bigint, reserved bigint, credit_limit bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
     v_balance balances;
@@ -1342,6 +1345,9 @@ END $$;
 -- What operators do
 -- ---------------------------------------------------------------------------------------------
 
+-- Like `fund`, these find their rows by key at every size: a session may have made its plans while
+-- a few accounts fitted on a page.
+
 -- The reference makes it safe to send again: the same account id answers false.
 CREATE FUNCTION create_account(
     p_account_id uuid, p_name text, p_tier text, p_credit_limit bigint, p_actor text
@@ -1365,7 +1371,8 @@ END $$;
 -- tokens_per_minute, max_concurrency, budget, budget_period}. False if there is no such account.
 CREATE FUNCTION create_key(p_account_id uuid, p_key_hash bytea, p_key jsonb, p_actor text)
 RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
 DECLARE
     v_key virtual_keys := jsonb_populate_record(NULL::virtual_keys, p_key);
 BEGIN
@@ -1392,7 +1399,8 @@ END $$;
 -- again for one that was revoked before.
 CREATE FUNCTION revoke_key(p_account_id uuid, p_key_id uuid, p_event_id uuid, p_actor text)
 RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
 BEGIN
     UPDATE virtual_keys AS k
     SET status = 'revoked', revoked_at = clock_timestamp(), version = k.version + 1
@@ -1414,7 +1422,8 @@ END $$;
 CREATE FUNCTION set_account_options(
     p_account_id uuid, p_replay_retries boolean, p_event_id uuid, p_actor text
 ) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
 BEGIN
     UPDATE accounts AS a SET replay_retries = p_replay_retries, version = a.version + 1
     WHERE a.account_id = p_account_id AND a.replay_retries <> p_replay_retries;

@@ -110,21 +110,16 @@ def ceiling_cost(
     """
     if prices is None:
         return None
-    costs: list[int] = []
-    for served in {
-        id(one): one for one in (prices, prices.for_service_tier(service_tier))
-    }.values():
-        units_picos = _ceiling_of_units(served, input_tokens, output_tokens, units)
-        if units_picos is None:
-            return None
-        cost_picos = units_picos + searches * served.search
-        for tokens, side in ((input_tokens, INPUT_CLASSES), (output_tokens, OUTPUT_CLASSES)):
-            dearest = served.dearest(side & classes, input_tokens)
-            if tokens and dearest is None and not _is_bought_by_unit(served, units):
-                return None
-            cost_picos += tokens * (dearest or 0)
-        costs.append(cost_picos)
-    return max(costs)
+    cost_picos = _ceiling_of_tier(
+        prices, input_tokens, output_tokens, classes, searches=searches, units=units
+    )
+    served = prices.for_service_tier(service_tier)
+    if served is prices or cost_picos is None:
+        return cost_picos
+    other = _ceiling_of_tier(
+        served, input_tokens, output_tokens, classes, searches=searches, units=units
+    )
+    return None if other is None else max(cost_picos, other)
 
 
 def ceiling_price(
@@ -236,6 +231,35 @@ def likely_price(
     except PricingError:
         return None
     return sold.price_nanos
+
+
+@lru_cache
+def _sides(classes: frozenset[TokenClass]) -> tuple[frozenset[TokenClass], frozenset[TokenClass]]:
+    return classes & INPUT_CLASSES, classes & OUTPUT_CLASSES
+
+
+def _ceiling_of_tier(
+    prices: ModelPrices,
+    input_tokens: int,
+    output_tokens: int,
+    classes: frozenset[TokenClass],
+    *,
+    searches: int,
+    units: Mapping[str, int],
+) -> int | None:
+    """Bound what so much costs by one service tier's prices; None where a price is missing."""
+    cost_picos = _ceiling_of_units(prices, input_tokens, output_tokens, units) if units else 0
+    if cost_picos is None:
+        return None
+    cost_picos += searches * prices.search
+    inputs, outputs = _sides(classes)
+    for tokens, side in ((input_tokens, inputs), (output_tokens, outputs)):
+        dearest = prices.dearest(side, input_tokens)
+        if dearest is not None:
+            cost_picos += tokens * dearest
+        elif tokens and not _is_bought_by_unit(prices, units):
+            return None
+    return cost_picos
 
 
 def _ceiling_of_units(

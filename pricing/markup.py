@@ -5,9 +5,8 @@ price is never below what the rule says and never more than a nano above it. `ro
 what that last step added: `sum(line.attos) + rounding_attos == price_nanos x 1e9`, always.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from pricing.errors import CostUnknownError, InvalidAmountError, UsageUnknownError
 from pricing.money import (
@@ -27,8 +26,7 @@ ChargeKind = RuleKind | Literal["byok", "action"]
 _PER_TOKEN_DIVISOR = 1000 * PPM
 
 
-@dataclass(frozen=True, slots=True)
-class ChargeLine:
+class ChargeLine(NamedTuple):
     """One addend of a price.
 
     `quantity` is what was multiplied: picos of cost ("cost", "byok_fee"), tokens (the name of
@@ -41,8 +39,7 @@ class ChargeLine:
     attos: int
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(NamedTuple):
     """What a request is sold for, and by which rule."""
 
     price_nanos: int
@@ -81,14 +78,20 @@ def price_tokens(
     """Price tokens that are cut into classes already; else as `charge`, which bills by it."""
     checked_nanos_per_credit(nanos_per_credit)
     lines = _lines(rule, _checked_cost(cost_picos), tokens, nanos_per_credit)
+    attos = _total(lines)
     minimum_attos = rule.minimum_nanocredits * nanos_per_credit
-    _raise_to(lines, "minimum", minimum_attos)
+    if attos < minimum_attos:
+        lines.append(ChargeLine("minimum", 1, minimum_attos - attos))
+        attos = minimum_attos
     if not rule.allow_loss:
         if cost_picos is None:
             # The rule may well cover the cost, but nothing here can show that it does.
             raise CostUnknownError("no_cost_and_no_loss_allowed")
-        _raise_to(lines, "cost_floor", cost_picos * ATTOS_PER_PICO)
-    return _rounded(rule.name, rule.kind, lines)
+        cost_attos = cost_picos * ATTOS_PER_PICO
+        if attos < cost_attos:
+            lines.append(ChargeLine("cost_floor", 1, cost_attos - attos))
+            attos = cost_attos
+    return _rounded(rule.name, rule.kind, lines, attos)
 
 
 def byok_charge(rule: Rule, *, cost_picos: int | None, nanos_per_credit: int) -> Charge:
@@ -99,10 +102,11 @@ def byok_charge(rule: Rule, *, cost_picos: int | None, nanos_per_credit: int) ->
     checked_nanos_per_credit(nanos_per_credit)
     cost = _checked_cost(cost_picos)
     if rule.byok_fee_ppm == 0:
-        return _rounded(rule.name, "byok", ())
+        return _rounded(rule.name, "byok", (), 0)
     if cost is None:
         raise CostUnknownError("no_cost_for_byok_fee")
-    return _rounded(rule.name, "byok", (ChargeLine("byok_fee", cost, cost * rule.byok_fee_ppm),))
+    fee = ChargeLine("byok_fee", cost, cost * rule.byok_fee_ppm)
+    return _rounded(rule.name, "byok", (fee,), fee.attos)
 
 
 def action_charge(
@@ -113,7 +117,7 @@ def action_charge(
     if not is_count(quantity):
         raise InvalidAmountError("a quantity must be an integer of at least 0")
     attos = book.action_nanocredits[action] * nanos_per_credit * quantity
-    return _rounded(f"actions.{action}", "action", (ChargeLine(action, quantity, attos),))
+    return _rounded(f"actions.{action}", "action", (ChargeLine(action, quantity, attos),), attos)
 
 
 def _lines(
@@ -155,22 +159,18 @@ def _token_lines(
     return lines
 
 
-def _raise_to(lines: list[ChargeLine], label: str, least_attos: int) -> None:
-    missing = least_attos - sum(line.attos for line in lines)
-    if missing > 0:
-        lines.append(ChargeLine(label, 1, missing))
+def _total(lines: Sequence[ChargeLine]) -> int:
+    return lines[0].attos if len(lines) == 1 else sum([line.attos for line in lines])
 
 
-def _rounded(rule: str, kind: ChargeKind, lines: Iterable[ChargeLine]) -> Charge:
-    lines = tuple(lines)
-    attos = sum(line.attos for line in lines)
+def _rounded(rule: str, kind: ChargeKind, lines: Iterable[ChargeLine], attos: int) -> Charge:
     price_nanos = ceil_div(attos, ATTOS_PER_NANO)
     if price_nanos > MAX_AMOUNT:
         raise InvalidAmountError("the price is too large to be held")
-    return Charge(price_nanos, price_nanos * ATTOS_PER_NANO - attos, rule, kind, lines)
+    return Charge(price_nanos, price_nanos * ATTOS_PER_NANO - attos, rule, kind, tuple(lines))
 
 
 def _checked_cost(cost_picos: int | None) -> int | None:
-    if cost_picos is not None and not (is_count(cost_picos) and cost_picos <= MAX_AMOUNT):
-        raise InvalidAmountError("a cost must be an integer of picos, at least 0 and within BIGINT")
-    return cost_picos
+    if cost_picos is None or (type(cost_picos) is int and 0 <= cost_picos <= MAX_AMOUNT):
+        return cost_picos
+    raise InvalidAmountError("a cost must be an integer of picos, at least 0 and within BIGINT")

@@ -17,6 +17,7 @@ UNIT_OF: Mapping[str, str] = MappingProxyType(
     }
 )
 _MS_PER_SECOND = 1000
+_UNASKED = -1
 
 ClassPrices = Mapping[TokenClass, int]
 
@@ -62,13 +63,16 @@ class ModelPrices:
 
     def dearest(self, classes: frozenset[TokenClass], input_tokens: int) -> int | None:
         """Return the highest price of these classes in any tier up to so many input tokens."""
-        reached = sum(input_tokens > tier.above_tokens for tier in self.tiers)
+        tiers = self.tiers
+        reached = sum([input_tokens > tier.above_tokens for tier in tiers]) if tiers else 0
         key = (classes, reached)
-        if key not in self._dearest:  # asked before each request, with few different answers
-            tables = self._tables()[: reached + 1]
-            prices = [price for table in tables for n, price in table.items() if n in classes]
-            self._dearest[key] = max(prices, default=None)
-        return self._dearest[key]
+        known = self._dearest.get(key, _UNASKED)  # few different answers, one for each request
+        if known != _UNASKED:
+            return known
+        tables = self._tables()[: reached + 1]
+        prices = [price for table in tables for n, price in table.items() if n in classes]
+        dearest = self._dearest[key] = max(prices, default=None)
+        return dearest
 
     def at(self, input_tokens: int) -> ClassPrices:
         """Return the prices per token of a request with so many input tokens."""
@@ -80,7 +84,9 @@ class ModelPrices:
 
     def for_service_tier(self, service_tier: str | None) -> "ModelPrices":
         """Return the prices of a service tier; the standard ones where it has none."""
-        return self.service_tiers.get((service_tier or "").lower(), self)
+        if not service_tier or not self.service_tiers:
+            return self
+        return self.service_tiers.get(service_tier.lower(), self)
 
     def _tables(self) -> list[ClassPrices]:
         return [self.tokens, *(tier.prices for tier in self.tiers)]

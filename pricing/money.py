@@ -29,6 +29,7 @@ _DECIMAL = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]+))?(?:[eE]([+-]?[0-9]{1,3}))?
 
 # Decimal digits that every binary double keeps.
 _FLOAT_DIGITS = 15
+_FLOAT_UNITS = 10**_FLOAT_DIGITS
 # Places shown where credits have no finite decimal form (a credit worth $0.003, say).
 _ROUNDED_CREDIT_PLACES = 12
 
@@ -56,11 +57,12 @@ def picos_from_float_text(text: str) -> int:
     would charge a nano more for nothing. Raises as `picos_from_usd`.
     """
     coefficient, exponent = _parse(text)
-    excess = len(str(coefficient)) - _FLOAT_DIGITS
-    if excess > 0:
+    if coefficient >= _FLOAT_UNITS:
+        excess = len(str(coefficient)) - _FLOAT_DIGITS
         unit = 10**excess
         coefficient, exponent = (coefficient + unit // 2) // unit, exponent + excess
-    return picos_from_usd(f"{coefficient}e{exponent}")
+    quotient, remainder = _scaled(coefficient, exponent, PICOS_PER_USD)
+    return _bounded(quotient + bool(remainder))
 
 
 def nanos_from_usd(value: str | int | Decimal) -> int:
@@ -83,7 +85,7 @@ def scale_exactly(value: object, factor: int) -> int:
 
 def checked_nanos_per_credit(nanos_per_credit: int) -> int:
     """Return the worth of a credit, which must be a positive integer of nano-USD."""
-    if not is_count(nanos_per_credit) or nanos_per_credit == 0:
+    if type(nanos_per_credit) is not int or nanos_per_credit <= 0:
         raise InvalidAmountError("nanos_per_credit must be a positive integer")
     return nanos_per_credit
 
@@ -136,6 +138,10 @@ def _finite_places(divisor: int) -> int:
 def _multiply(value: object, factor: int) -> tuple[int, int]:
     """Return the whole part of `value` x `factor` and a remainder that is 0 where it is exact."""
     coefficient, exponent = _parse(_text_of(value))
+    return _scaled(coefficient, exponent, factor)
+
+
+def _scaled(coefficient: int, exponent: int, factor: int) -> tuple[int, int]:
     if exponent >= 0:
         return coefficient * 10**exponent * factor, 0
     return divmod(coefficient * factor, 10**-exponent)

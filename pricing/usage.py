@@ -6,9 +6,10 @@ reported; `by_class` cuts it into classes that do not overlap and add up to the 
 the cost and the price are computed from those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Self
 
@@ -31,6 +32,9 @@ class TokenClass(StrEnum):
     REASONING = "reasoning"
     AUDIO_OUTPUT = "audio_output"
     IMAGE_OUTPUT = "image_output"
+
+    # Enum's own is a Python function, and every table of prices is looked up by these.
+    __hash__ = str.__hash__
 
 
 OUTPUT_CLASSES = frozenset(
@@ -105,15 +109,17 @@ class Usage:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, with UsageUnknownError."""
-        counts = [(name, getattr(self, name)) for name in Usage.__slots__]
-        for name, count in counts:
-            # `type` and not is_count: this is made for every answer, fourteen counts each.
-            if type(count) is not int or not 0 <= count <= MAX_TOKENS:
-                raise UsageUnknownError(f"{name} must be an integer between 0 and {MAX_TOKENS}")
-        for name, count in counts:
-            whole = _PARTS.get(name)
-            if count and whole is not None and count > (most := getattr(self, whole)):
-                raise UsageUnknownError(f"{name} is {count}, more than the {most} {whole}")
+        counts = _all_counts(self)
+        # At a glance first: this is made for every answer. `type` because True is no number here.
+        if set(map(type, counts)) != _INTEGERS or min(counts) < 0 or max(counts) > MAX_TOKENS:
+            for name, count in zip(Usage.__slots__, counts, strict=True):
+                if type(count) is not int or not 0 <= count <= MAX_TOKENS:
+                    raise UsageUnknownError(f"{name} must be an integer between 0 and {MAX_TOKENS}")
+        if any(_all_parts(self)):
+            for name, whole in _PARTS.items():
+                count, most = getattr(self, name), getattr(self, whole)
+                if count > most:
+                    raise UsageUnknownError(f"{name} is {count}, more than the {most} {whole}")
 
     @classmethod
     def checked(cls, **counts: object) -> Self:
@@ -141,7 +147,7 @@ class Usage:
     def as_dict(self) -> dict[str, int]:
         """Return the counts that are not 0, and always the two wholes; JSON-able."""
         wholes = ("input_tokens", "output_tokens")
-        return {name: n for name, n in self._counts().items() if n or name in wholes}
+        return {name: n for name, n in self.counts().items() if n or name in wholes}
 
     @property
     def has_units(self) -> bool:
@@ -160,6 +166,9 @@ class Usage:
         creation, which is dearest, before cache reads; the cache before the modality, as
         LiteLLM does. What no part claims is plain input or plain output.
         """
+        if not any(_all_parts(self)):
+            plain = ((TokenClass.INPUT, self.input_tokens), (TokenClass.OUTPUT, self.output_tokens))
+            return {token_class: count for token_class, count in plain if count}
         tokens = _cut(
             self.input_tokens,
             (
@@ -184,8 +193,14 @@ class Usage:
             ),
         )
 
-    def _counts(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in Usage.__slots__}
+    def counts(self) -> dict[str, int]:
+        """Return every count by its name, those that are 0 as well."""
+        return dict(zip(Usage.__slots__, _all_counts(self), strict=True))
+
+
+_INTEGERS = {int}
+_all_counts: Callable[[Usage], tuple[int, ...]] = attrgetter(*Usage.__slots__)
+_all_parts: Callable[[Usage], tuple[int, ...]] = attrgetter(*_PARTS)
 
 
 def _cut(whole: int, parts: tuple[tuple[TokenClass, int], ...]) -> dict[TokenClass, int]:

@@ -6,7 +6,7 @@ a secret that nobody can guess. The key itself is returned once, by `create_key`
 
 import hashlib
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -42,6 +42,12 @@ class Principal:
     is_expired: bool
     # Whether the account wants an SDK's own retry answered from the answers that are kept for it.
     replay_retries: bool
+    # The account's id as text, for every request of the key.
+    account_text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Write the id once."""
+        object.__setattr__(self, "account_text", str(self.account_id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ set no limit of its own, its answer is limited to what the balance affords.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from uuid import UUID
 
 import msgspec
@@ -38,8 +38,7 @@ _STALE_TRIES = 3
 BYTES_PER_TOKEN = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(msgspec.Struct, frozen=True):
     """A request with its hold: everything that its settlement needs to know."""
 
     request_id: UUID
@@ -53,7 +52,7 @@ class Admitted:
     provider_key: str | None
     # The limit to send in place of the client's: what the balance affords, or the model can say.
     output_limit: int | None
-    headers: dict[str, str] = field(default_factory=dict[str, str])
+    headers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
 
     @property
     def is_byok(self) -> bool:

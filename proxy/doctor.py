@@ -45,10 +45,10 @@ class Check:
     found: str
     remedy: str = ""
 
-
-def _check(name: str, found: str, *, remedy: str = "", bad: Status | None = None) -> Check:
-    """Make a check that is ok, or `bad` with its remedy."""
-    return Check(name, bad, found, remedy) if bad else Check(name, "ok", found)
+    @classmethod
+    def of(cls, name: str, found: str, *, remedy: str = "", bad: Status | None = None) -> "Check":
+        """Make a check that is ok, or `bad` with its remedy."""
+        return cls(name, bad, found, remedy) if bad else cls(name, "ok", found)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def check_database(url: str, expected: LedgerExpectations) -> list[Check]:
         )
     except psycopg.Error as error:
         remedy = "start it, or put its address into TALLYGATE_DATABASE_URL"
-        return [_check("postgresql", str(error).strip(), remedy=remedy, bad="fail")]
+        return [Check.of("postgresql", str(error).strip(), remedy=remedy, bad="fail")]
     with connection:
         try:
             checks = [*_server(connection), _schema(connection)]
@@ -88,7 +88,7 @@ def check_database(url: str, expected: LedgerExpectations) -> list[Check]:
                 ]
         except psycopg.Error as error:
             remedy = "give the login of TALLYGATE_DATABASE_URL the role tallygate_app"
-            return [_check("postgresql", str(error).strip(), remedy=remedy, bad="fail")]
+            return [Check.of("postgresql", str(error).strip(), remedy=remedy, bad="fail")]
     return checks
 
 
@@ -98,10 +98,10 @@ def _value(connection: psycopg.Connection[Any], query: LiteralString, *parameter
 
 
 def _server(connection: psycopg.Connection[Any]) -> Iterator[Check]:
-    yield _check("postgresql", "reachable")
+    yield Check.of("postgresql", "reachable")
     version: str = _value(connection, "SHOW server_version")
     supported = connection.info.server_version // 10_000 in POSTGRES_MAJORS
-    yield _check(
+    yield Check.of(
         "postgresql_version",
         version,
         remedy=f"use PostgreSQL {POSTGRES_MAJORS[0]} to {POSTGRES_MAJORS[-1]}",
@@ -112,7 +112,7 @@ def _server(connection: psycopg.Connection[Any]) -> Iterator[Check]:
         for name in ("fsync", "synchronous_commit", "full_page_writes")
     }
     off = sorted(name for name, value in settings.items() if value == "off")
-    yield _check(
+    yield Check.of(
         "durability",
         ", ".join(f"{name} {value}" for name, value in settings.items()),
         remedy=f"turn on {', '.join(off)}: a power cut would lose settled requests",
@@ -121,7 +121,7 @@ def _server(connection: psycopg.Connection[Any]) -> Iterator[Check]:
     before = time.time()
     clock = float(_value(connection, "SELECT extract(EPOCH FROM clock_timestamp())"))
     difference_s = clock - (before + time.time()) / 2
-    yield _check(
+    yield Check.of(
         "clock",
         f"the database's is {abs(difference_s):.3f} s {'ahead' if difference_s > 0 else 'behind'}",
         remedy="run NTP on both machines: ids and partitions follow this one, holds the database's",
@@ -131,7 +131,7 @@ def _server(connection: psycopg.Connection[Any]) -> Iterator[Check]:
 
 def _schema(connection: psycopg.Connection[Any]) -> Check:
     version = schema_version(connection)
-    return _check(
+    return Check.of(
         "schema",
         "none" if version is None else f"version {version}",
         remedy=f"this program needs version {SCHEMA_VERSION}: run `tallygate migrate`",
@@ -148,7 +148,7 @@ def _roles(connection: psycopg.Connection[Any]) -> Check:
         " WHERE c.relnamespace = 'tallygate'::regnamespace AND c.relkind IN ('r', 'p')",
     )
     if can_write:
-        return _check(
+        return Check.of(
             "roles",
             "tallygate_app can write to tables",
             remedy="REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA tallygate"
@@ -157,7 +157,7 @@ def _roles(connection: psycopg.Connection[Any]) -> Check:
         )
     may_act = _value(connection, "SELECT pg_has_role(current_user, 'tallygate_app', 'MEMBER')")
     login = _value(connection, "SELECT current_user::text")
-    return _check(
+    return Check.of(
         "roles",
         f"tallygate_app only reads and calls functions; the login is {login}",
         remedy=f"GRANT tallygate_app TO {login}",
@@ -174,7 +174,7 @@ def _partitions(connection: psycopg.Connection[Any]) -> Iterator[Check]:
         for name in (f"{parent}_{month:%Y_%m}" for month in (now, following))
         if _value(connection, "SELECT to_regclass(%s)::text", name) is None
     ]
-    yield _check(
+    yield Check.of(
         "partitions",
         f"missing: {', '.join(missing)}" if missing else f"there until {following:%Y-%m}",
         remedy="the service makes them ahead: start one, or SELECT tallygate.ensure_partitions"
@@ -185,7 +185,7 @@ def _partitions(connection: psycopg.Connection[Any]) -> Iterator[Check]:
         connection,
         "SELECT (SELECT count(*) FROM entries_default) + (SELECT count(*) FROM usage_default)",
     )
-    yield _check(
+    yield Check.of(
         "default_partitions",
         f"{stray} rows" if stray else "empty",
         remedy="a proxy had a wrong clock: set it right, and move the rows of entries_default and"
@@ -200,16 +200,16 @@ def _price_book(connection: psycopg.Connection[Any], configured: Mapping[str, ob
     ).fetchall()
     if not rows:
         remedy = "start the service once: it publishes the one of config.yaml"
-        return _check("price_book", "none", remedy=remedy, bad="fail")
+        return Check.of("price_book", "none", remedy=remedy, bad="fail")
     version, document, publisher = rows[0]
     try:
         wanted = parse_price_book(configured).canonical_document()
     except PricingError as error:
         remedy = "correct price_book in config.yaml: the service would not start"
-        return _check("price_book", str(error), remedy=remedy, bad="fail")
+        return Check.of("price_book", str(error), remedy=remedy, bad="fail")
     found = f"version {version}, published by {publisher}"
     is_same = parse_price_book(document).canonical_document() == wanted
-    return _check(
+    return Check.of(
         "price_book",
         found if is_same else f"{found}, differs from config.yaml",
         remedy="the next start publishes the one of config.yaml",
@@ -221,9 +221,9 @@ def _credit(connection: psycopg.Connection[Any], nanos_per_credit: int) -> Check
     rows = connection.execute("SELECT value FROM meta WHERE name = 'nanos_per_credit'").fetchall()
     if not rows:
         remedy = "the first start of the service fixes it"
-        return _check("credit_usd", "not fixed yet", remedy=remedy, bad="warn")
+        return Check.of("credit_usd", "not fixed yet", remedy=remedy, bad="warn")
     frozen = int(rows[0][0])
-    return _check(
+    return Check.of(
         "credit_usd",
         f"fixed at {frozen} nano-USD",
         remedy=f"the configuration says {nanos_per_credit} nano-USD, and the service will not"
@@ -239,7 +239,7 @@ def _overdue_holds(connection: psycopg.Connection[Any], grace_s: int) -> Check:
         " WHERE expires_at < clock_timestamp() - make_interval(secs => %s)",
         grace_s + SWEEPER_LATE_S,
     )
-    return _check(
+    return Check.of(
         "holds",
         f"{overdue} overdue" if overdue else "none overdue",
         remedy="no service sweeps: start one, it expires them within seconds",
@@ -258,12 +258,12 @@ async def check_litellm(url: str, key: str, free_models: Sequence[str] = ()) -> 
     try:
         if not await control.is_alive():
             remedy = "start it, or put its address into TALLYGATE_LITELLM_URL"
-            return [_check("litellm", f"no answer from {url}", remedy=remedy, bad="fail")]
+            return [Check.of("litellm", f"no answer from {url}", remedy=remedy, bad="fail")]
         try:
             models = read_models(await control.models(), free_models)
         except CONTROL_ERRORS as error:
             remedy = "put LiteLLM's master key into TALLYGATE_LITELLM_KEY"
-            return [_check("litellm", describe(error), remedy=remedy, bad="fail")]
+            return [Check.of("litellm", describe(error), remedy=remedy, bad="fail")]
         details: Mapping[str, Any] = {}
         with contextlib.suppress(*CONTROL_ERRORS):  # where it does not tell, we say so below
             details = await control.details()
@@ -272,15 +272,15 @@ async def check_litellm(url: str, key: str, free_models: Sequence[str] = ()) -> 
     unpriced = sorted(name for name, model in models.items() if model.prices is None)
     priced = len(models) - len(unpriced)
     return [
-        _check("litellm", f"answers at {url} and takes the key"),
+        Check.of("litellm", f"answers at {url} and takes the key"),
         _litellm_version(details.get("litellm_version")),
-        _check(
+        Check.of(
             "litellm_cache",
             "off" if details.get("cache") is None else f"on: {details['cache']}",
             remedy="set litellm_settings.cache to false: a hit is reported at its full price",
             bad=None if details.get("cache") is None else "warn",
         ),
-        _check(
+        Check.of(
             "models",
             f"{priced} priced" + (f", unpriced: {_shown(unpriced)}" if unpriced else ""),
             remedy="give them input_cost_per_token and output_cost_per_token in model_info, or name"
@@ -297,7 +297,7 @@ def _litellm_version(version: str | None) -> Check:
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
     if version is None or match is None:
         remedy = f"make sure that it is {tested}"
-        return _check("litellm_version", version or "not told", remedy=remedy, bad="warn")
+        return Check.of("litellm_version", version or "not told", remedy=remedy, bad="warn")
     numbers = tuple(map(int, match.groups()))
     if numbers <= LITELLM_UNSAFE_UP_TO or numbers in LITELLM_BACKDOORED:
         problem = (
@@ -306,8 +306,8 @@ def _litellm_version(version: str | None) -> Check:
             else "it leaks customers' provider keys to each other"
         )
         remedy = f"{problem}, and install {tested}"
-        return _check("litellm_version", version, remedy=remedy, bad="fail")
-    return _check(
+        return Check.of("litellm_version", version, remedy=remedy, bad="fail")
+    return Check.of(
         "litellm_version",
         version,
         remedy=f"costs were verified with {tested}: run the test-suite before relying on another",
@@ -333,16 +333,16 @@ def check_spool(data_dir: Path) -> list[Check]:
         spool = Spool(directory)
         waiting, rejected = spool.depth(), spool.rejected()
     return [
-        _check(
+        Check.of(
             "spool",
             f"{waiting} bytes wait in {directory}" if waiting else "empty",
             remedy="the service posts them as soon as PostgreSQL is back: start it",
             bad="warn" if waiting else None,
         ),
-        _check(
+        Check.of(
             "rejected_settlements",
             f"{rejected} in {directory / 'rejected.jsonl'}" if rejected else "none",
-            remedy="the database refused them: settle each by hand, then remove its line",
+            remedy="the ledger did not take them: `tallygate rejected list`, then `post`",
             bad="fail" if rejected else None,
         ),
     ]
@@ -352,8 +352,8 @@ def check_admin_key(key: str | None) -> Check:
     """Look at the admin key's length, never at the key."""
     if not key:
         remedy = "set TALLYGATE_ADMIN_KEY: without it the admin API is closed"
-        return _check("admin_key", "not set", remedy=remedy, bad="warn")
-    return _check(
+        return Check.of("admin_key", "not set", remedy=remedy, bad="warn")
+    return Check.of(
         "admin_key",
         f"set, {len(key)} characters",
         remedy=f"make it at least {MIN_ADMIN_KEY_LENGTH} characters: openssl rand -hex 32",

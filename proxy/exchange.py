@@ -46,10 +46,9 @@ class Exchange:
         self._receive = receive
         self._send = send
         self.request_id: UUID = uuid7()
+        self.request_text = str(self.request_id)
         # The first of several equal names counts, as it does for the SDKs' own servers.
-        self._headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
-            self._headers.setdefault(name, value)
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.status: int | None = None
         self.is_streaming = False
         self.is_gone = False
@@ -66,22 +65,35 @@ class Exchange:
     @property
     def virtual_key(self) -> str | None:
         """The key that the client sent."""
+        authorization = self._headers.get(b"authorization", b"")
+        if authorization.startswith(b"Bearer sk-"):  # as every SDK sends it
+            return authorization[7:].decode("latin-1").strip()
         return virtual_key(lambda name: self.header(name.encode()))
 
     async def read_body(self, limit: int) -> bytes:
         """Read the whole body; RequestTooLargeError above `limit` bytes."""
-        parts = [part async for part in self.body_parts(limit)]
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            body: bytes = message.get("body", b"")
+            if len(body) <= limit:
+                return body
+        parts = [part async for part in self.body_parts(limit, message)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def body_parts(self, limit: int) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives; RequestTooLargeError above `limit` bytes."""
+    async def body_parts(self, limit: int, first: Message | None = None) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives; RequestTooLargeError above `limit` bytes.
+
+        `first` is the message that was received already, if one was.
+        """
         declared = self._headers.get(b"content-length")
         if declared is not None and declared.isdigit() and int(declared) > limit:
-            await self._discard(0)
+            if first is None or first.get("more_body", False):
+                await self._discard(0)
             raise _too_large(limit)
         size = 0
         while True:
-            message = await self._receive()
+            message = first or await self._receive()
+            first = None
             if message["type"] != "http.request":
                 self.is_gone = True
                 msg = "The connection ended before the request was complete."
@@ -121,7 +133,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     def _ids(self) -> list[tuple[bytes, bytes]]:
-        request_id = str(self.request_id).encode()
+        request_id = self.request_text.encode()
         if self.dialect is Dialect.ANTHROPIC:
             # Where Anthropic's SDK looks for it.
             return [(b"x-request-id", request_id), (b"request-id", request_id)]

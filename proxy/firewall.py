@@ -279,11 +279,12 @@ def check_body(fields: Fields, policy: Policy = CHAT) -> Fields:
                 continue
             _check_name(name, policy)
         passed[name] = value
-    if value_of(fields.get("service_tier")) not in _TIERS:
+    if "service_tier" in fields and value_of(fields["service_tier"]) not in _TIERS:
         _refuse("service_tier", _OWN_COST)
-    check = _check_anthropic_tool if policy is MESSAGES else _check_tool
     for name in ("tools", "functions"):
-        _check_tools(name, fields.get(name), check)
+        if name in fields:
+            check = _check_anthropic_tool if policy is MESSAGES else _check_tool
+            _check_tools(name, fields[name], check)
     return passed
 
 
@@ -305,6 +306,14 @@ def check_form(form: Form, policy: Policy) -> list[tuple[str, str]]:
     return [(name, text) for name, text in form.texts if name in policy.allowed]
 
 
+_UPSTREAM_HEADERS = {
+    "content-type": "application/json",
+    "accept": "application/json, text/event-stream",
+    "accept-encoding": "identity",
+    "user-agent": "tallygate",
+}
+
+
 def upstream_headers(
     request_id: str, account_id: str, master_key: str, betas: str | None = None
 ) -> dict[str, str]:
@@ -313,11 +322,8 @@ def upstream_headers(
     None of the customer's is among them, but for those of Anthropic's betas that are known.
     """
     headers = {
+        **_UPSTREAM_HEADERS,
         "authorization": f"Bearer {master_key}",
-        "content-type": "application/json",
-        "accept": "application/json, text/event-stream",
-        "accept-encoding": "identity",
-        "user-agent": "tallygate",
         # Both sides' records join on it.
         "x-litellm-call-id": request_id,
         # For the witness inside LiteLLM, whose reports are looked up by it.

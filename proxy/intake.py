@@ -1,7 +1,5 @@
 """Reading a request: its bounds, what of it may go upstream, and what it is known by."""
 
-from dataclasses import dataclass, replace
-
 import msgspec
 
 from proxy import firewall
@@ -11,8 +9,7 @@ from proxy.wire.form import FormReader
 from proxy.wire.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """A request as it was read: of a JSON body `fields` may go on, of a form `texts`.
 
     `identity` is the same for the same request, whenever it comes.
@@ -47,7 +44,7 @@ class Intake:
         body = await exchange.read_body(self._max_body_bytes)
         request = endpoint.parse(body)
         if exchange.header(b"x-tallygate-live-cost") == "true":
-            request = replace(request, live_cost=True)
+            request = msgspec.structs.replace(request, live_cost=True)
         return Asked(request, firewall.check_body(request.fields, endpoint.policy), [], body)
 
     async def _read_form(self, exchange: Exchange, endpoint: Endpoint) -> Asked:

@@ -21,6 +21,9 @@ from proxy.metrics import LEDGER_SECONDS
 log = logging.getLogger(__name__)
 
 
+_HELD = frozenset({"held", "exists"})
+
+
 class HoldRequest(msgspec.Struct, frozen=True):
     """One request that asks for a hold; amounts in nano-USD."""
 
@@ -40,8 +43,7 @@ class HoldRequest(msgspec.Struct, frozen=True):
     price_version: int
 
 
-@dataclass(frozen=True, slots=True)
-class Authorization:
+class Authorization(msgspec.Struct, frozen=True):
     """What the ledger said: `outcome` as documented at authorize_batch; limits None where none."""
 
     outcome: str
@@ -55,7 +57,7 @@ class Authorization:
     @property
     def is_held(self) -> bool:
         """Whether the request may go on; a replay of one that may, may too."""
-        return self.outcome in {"held", "exists"}
+        return self.outcome in _HELD
 
 
 class Settlement(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -110,8 +112,7 @@ class WitnessNote(msgspec.Struct, frozen=True):
     mismatch: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """What the ledger said to a settlement: `outcome` as documented at settle_batch."""
 
     outcome: str

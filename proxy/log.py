@@ -7,7 +7,7 @@ handed to a logger, so there is nothing to redact.
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping
+import time
 from datetime import UTC, datetime
 
 import msgspec
@@ -22,7 +22,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Render one line."""
         line: dict[str, object] = {
-            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "ts": _time(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
@@ -48,25 +48,34 @@ class RequestLog:
     _FLUSH_S = 0.2
 
     def __init__(self) -> None:
-        self._lines: list[bytes] = []
+        self._lines: list[tuple[float, dict[str, object]]] = []
         self._is_on = logging.getLogger("tallygate.request").isEnabledFor(logging.INFO)
 
-    def write(self, fields: Mapping[str, object]) -> None:
+    def write(self, **fields: object) -> None:
         """Queue a line; from within the event loop."""
         if not self._is_on:
             return
         if not self._lines:
             asyncio.get_running_loop().call_later(self._FLUSH_S, self.flush)
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        head = {"ts": now, "level": "info", "logger": "tallygate.request", "event": "request"}
-        self._lines.append(msgspec.json.encode({**head, **fields}))
+        self._lines.append((time.time(), fields))
 
     def flush(self) -> None:
         """Write what is queued."""
         lines, self._lines = self._lines, []
         if lines:
-            sys.stderr.buffer.write(b"\n".join(lines) + b"\n")
+            written = [
+                _ENCODER.encode({"ts": _time(at), **_HEAD, **fields}) for at, fields in lines
+            ]
+            sys.stderr.buffer.write(b"\n".join(written) + b"\n")
             sys.stderr.buffer.flush()
+
+
+_HEAD = {"level": "info", "logger": "tallygate.request", "event": "request"}
+_ENCODER = msgspec.json.Encoder()
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
 def configure_logging(level: str) -> None:

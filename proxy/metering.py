@@ -13,6 +13,7 @@ the customer's own file, so our rating of what the provider says goes first.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pricing.agreement import agrees
 from pricing.errors import PricingError
@@ -68,8 +69,7 @@ class MeteringPolicy:
     cost_tolerance_ppm: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Cost:
+class _Cost(NamedTuple):
     """A cost in picos, where it was read, our own rating of it, and what is wrong with it."""
 
     picos: int | None = None
@@ -262,4 +262,4 @@ def _tokens(usage: Usage | None) -> dict[str, int]:
     if usage is None:
         return {}
     # Zeros are written out: for a request whose usage is known, an absent class is none, not NULL.
-    return {name: getattr(usage, name) for name in Usage.__slots__}
+    return usage.counts()

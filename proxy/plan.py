@@ -32,6 +32,12 @@ _UNKNOWN_CONTEXT_WINDOW = 1_000_000
 _PRICED_APART = frozenset({"flex", "priority"})
 # Providers put some hundred tokens of their own into the prompt of a request with tools.
 _TOOLS_PROMPT_TOKENS = 1000
+# By whether a request has sound, and pictures.
+_CLASSES = {
+    (audio, images): possible_classes(audio=audio, images=images)
+    for audio in (False, True)
+    for images in (False, True)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +125,10 @@ class Planner:
             endpoint=endpoint,
             request=request,
             model=model,
-            rule=published.book.select(str(principal.account_id), principal.tier, model.name),
+            rule=published.book.select(principal.account_text, principal.tier, model.name),
             published=published,
             provider_key=provider_key,
-            classes=possible_classes(audio=request.has_audio, images=request.has_images),
+            classes=_CLASSES[request.has_audio, request.has_images],
             input_tokens=self._input_tokens(model, request),
             output_limit=_output_limit(model, request),
         )

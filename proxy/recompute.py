@@ -18,9 +18,9 @@ def usage_of(row: Mapping[str, Any]) -> Usage | None:
 
     `row` has the columns of `usage` that are named like the counts.
     """
-    if all(row[name] is None for name in _COUNTS):
-        return None
-    return Usage.checked(**{name: row[name] or 0 for name in _COUNTS})
+    # Once over the columns: the audit asks this of every charge there is.
+    counts = {name: count for name in _COUNTS if (count := row[name]) is not None}
+    return Usage.checked(**counts) if counts else None
 
 
 def charge_of(row: Mapping[str, Any], rule: Rule, nanos_per_credit: int) -> Charge:

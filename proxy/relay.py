@@ -6,9 +6,6 @@ of its answer leave; if this process dies first, the hold is left to the sweeper
 
 import asyncio
 import time
-from functools import lru_cache
-
-from prometheus_client import Counter, Histogram
 
 from proxy import firewall, metering, metrics
 from proxy.accounts import Principal
@@ -86,12 +83,13 @@ class Relay:
         exchange.dialect = endpoint.dialect
         model = "unknown"
         asked: Asked | None = None
-        metrics.STREAMS_OPEN.inc()
+        metrics.OBSERVER.begin()
         try:
             key = exchange.virtual_key
             principal = await self._principals.authenticate(key)
             asked = await self._intake.read(exchange, endpoint)
-            await self._check_ownership(principal, asked.request.continues)
+            if asked.request.continues is not None:
+                await self._check_ownership(principal, asked.request.continues)
             repeat = await self._repeats.begin(exchange, principal, endpoint.name, asked.identity)
             if repeat.answer is not None:
                 # No hold is asked for, so nothing else would notice a key that was revoked.
@@ -121,13 +119,10 @@ class Relay:
         finally:
             if asked is not None:
                 asked.close()
-            metrics.STREAMS_OPEN.dec()
             self._account_for(exchange, endpoint.name, model, started)
 
-    async def _check_ownership(self, principal: Principal, answer_id: str | None) -> None:
+    async def _check_ownership(self, principal: Principal, answer_id: str) -> None:
         """Refuse a prompt that goes on from what is not this account's own stored answer."""
-        if answer_id is None:
-            return
         if await self._reports.model_of_answer(principal.account_id, answer_id) is None:
             msg = "This account has no response with that id."
             raise NotFoundError(msg, code="response_not_found", param="previous_response_id")
@@ -174,8 +169,8 @@ class Relay:
     async def _send(self, call: Call, asked: Asked) -> UpstreamAnswer:
         admitted, endpoint = call.admitted, call.endpoint
         headers = firewall.upstream_headers(
-            str(admitted.request_id),
-            str(admitted.principal.account_id),
+            call.exchange.request_text,
+            admitted.principal.account_text,
             self._master_key,
             call.exchange.header(b"anthropic-beta"),
         )
@@ -234,19 +229,15 @@ class Relay:
     def _account_for(self, exchange: Exchange, endpoint: str, model: str, started: float) -> None:
         """Count and log the request; what the log says names no key and quotes no prompt."""
         seconds = time.monotonic() - started
-        requests, latency = _observers(endpoint, model, str(exchange.status or 499))
-        requests.inc()
-        latency.observe(seconds)
+        metrics.OBSERVER.end(endpoint, model, exchange.status or 499, seconds)
         self._log.write(
-            {
-                "request_id": exchange.request_id,
-                "endpoint": endpoint,
-                "model": model,
-                "status": exchange.status,
-                "streamed": exchange.is_streaming,
-                "client_gone": exchange.is_gone,
-                "ms": round(seconds * 1000, 1),
-            }
+            request_id=exchange.request_text,
+            endpoint=endpoint,
+            model=model,
+            status=exchange.status,
+            streamed=exchange.is_streaming,
+            client_gone=exchange.is_gone,
+            ms=round(seconds * 1000, 1),
         )
 
 
@@ -258,12 +249,3 @@ async def _tell(exchange: Exchange, endpoint: Endpoint, error: TallygateError) -
         await exchange.finish(endpoint.dialect.error_event(error, exchange.request_id))
     else:
         raise error  # the answer has begun: all that is left is to break it off
-
-
-@lru_cache(maxsize=4096)
-def _observers(endpoint: str, model: str, status: str) -> tuple[Counter, Histogram]:
-    """Looking a metric's child up takes longer than counting on it."""
-    return (
-        metrics.REQUESTS.labels(endpoint, model, status),
-        metrics.REQUEST_SECONDS.labels(endpoint, model, status),
-    )

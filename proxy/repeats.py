@@ -97,6 +97,8 @@ class Repeats:
     ) -> None:
         self._store = store
         self._retries = retries
+        # What nobody keeps has no state.
+        self._unkept = Repeat(store=store)
         # Whose key an answer was bought with is a part of what was asked for.
         self._headers = [name.lower().encode() for name in provider_key_headers]
         self._headers += [b"anthropic-beta", b"x-tallygate-live-cost"]
@@ -108,7 +110,7 @@ class Repeats:
         idempotency_key = exchange.header(b"idempotency-key")
         number = _retry_number(exchange)
         if idempotency_key is None and (number is None or not principal.replay_retries):
-            return Repeat(store=self._store)
+            return self._unkept
         extra = [(exchange.header(name) or "").encode() for name in self._headers]
         if idempotency_key is not None:
             identity = identity_of("", endpoint, body, *extra)

@@ -8,10 +8,18 @@ import os
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -80,6 +88,14 @@ class HoldSettings(_Section):
     # A hold is expired only this long after its time, so that the spool of a proxy that was
     # cut off from PostgreSQL gets to replay what it knows before the sweeper gives up on it.
     sweep_grace_s: int = Field(default=60, ge=0)
+
+    @model_validator(mode="after")
+    def _outlive_two_heartbeats(self) -> Self:
+        # A request that begins right after one is extended by the next but one.
+        if self.ttl_s <= 2 * self.heartbeat_s:
+            msg = "ttl_s must be more than twice heartbeat_s, or live requests lose their holds"
+            raise ValueError(msg)
+        return self
 
 
 class AdmissionSettings(_Section):

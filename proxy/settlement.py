@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import psycopg
@@ -42,8 +42,7 @@ _BACK_OFF_S = 0.5
 _LAST_RESORT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):
     settlement: Settlement
     payload: bytes
 

@@ -11,12 +11,16 @@ import logging
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from proxy.ids import uuid7
 
 log = logging.getLogger(__name__)
+
+_REJECTED = "rejected.jsonl"
 
 
 def encode_line(payload: bytes) -> bytes:
@@ -109,17 +113,63 @@ class Spool:
         """How many bytes wait in the directory, all processes together."""
         return sum(_size(path) for path in self._directory.glob("*.spool"))
 
+    def oldest_at(self) -> float | None:
+        """When the oldest of what waits was spooled, in Unix seconds; None where nothing waits."""
+        # A file is replayed whole, so its name, a uuidv7, tells when its first line came.
+        return min(
+            (
+                int(path.name[:13].replace("-", ""), 16) / 1000
+                for path in self._directory.glob("*.spool")
+                if _size(path)
+            ),
+            default=None,
+        )
+
     def set_aside(self, payload: bytes) -> None:
-        """Keep a settlement that the database refuses where an operator finds it."""
-        with (self._directory / "rejected.jsonl").open("ab") as file:
+        """Keep a settlement that the ledger does not take where an operator finds it."""
+        with self._rejected() as file:
+            file.seek(0, os.SEEK_END)
             file.write(payload + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def rejected(self) -> int:
         """How many settlements were set aside and wait for a human."""
-        path = self._directory / "rejected.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+        return len(self.rejected_payloads())
+
+    def rejected_payloads(self) -> list[bytes]:
+        """Read what was set aside, oldest first."""
+        path = self._directory / _REJECTED
+        return path.read_bytes().splitlines() if path.exists() else []
+
+    def forget_rejected(self, payload: bytes) -> None:
+        """Drop a settlement that was set aside, now that it is in the ledger or given up."""
+        with self._rejected() as file:
+            lines = file.read().splitlines()
+            if payload not in lines:
+                return
+            lines.remove(payload)
+            # Renamed when it is whole: of a crash either the old file is left or the new one.
+            path = self._directory / _REJECTED
+            fresh = path.with_suffix(".new")
+            fresh.write_bytes(b"".join(line + b"\n" for line in lines))
+            with fresh.open("rb") as written:
+                os.fsync(written.fileno())
+            fresh.rename(path)
+
+    @contextmanager
+    def _rejected(self) -> Generator[IO[bytes]]:
+        """Open the file of what was set aside, alone of all processes."""
+        path = self._directory / _REJECTED
+        while True:
+            with path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # Whoever had the lock before us may have put another file in its place.
+                if os.fstat(file.fileno()).st_nlink == 0:
+                    continue
+                file.seek(0)
+                yield file
+                return
 
     def close(self) -> None:
         """Let go of our file; what is in it is replayed by whoever starts next."""

@@ -25,7 +25,7 @@ from pricing.money import NANOS_PER_USD
 from proxy.api.services import Services
 from proxy.api.web import Handler, answer, bearer, exchange_of, resource
 from proxy.errors import MeteringUnavailableError, PermissionDeniedError
-from proxy.metrics import SCRAPED_GAUGES
+from proxy.metrics import OBSERVER, SCRAPED_GAUGES
 from proxy.reports import Operations
 
 # Whoever is asked by a proxy on the same machine is not asked by the machine.
@@ -116,6 +116,7 @@ class Ops:
         scraped.register(
             _Scraped(operations.result(), *spool.result(), catalog_age_s=self._catalog.age_s())
         )
+        OBSERVER.flush()
         # Files are read, several for each worker.
         counted = await asyncio.to_thread(_counted)
         return Response(

@@ -22,8 +22,7 @@ from proxy.wire.usage import read_usage, without_cost
 UsageReader = Callable[[Fields], Usage | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What an answer says, and the body that the client may have.
 
     `is_valid` is whether it is an answer of its endpoint at all, with no error in its place.
@@ -62,26 +61,36 @@ def read_answer(body: bytes, shape: AnswerShape, *, answer_id: str | None = None
         fields = read_fields(body)
     except UNREADABLE:
         return Answer(body=body, is_valid=False)
-    is_valid = bytes(fields.get(shape.member, b"")).startswith(shape.begins)
-    if not is_null(fields.get("error")) and not (is_valid and shape.tells_failures):
+    is_valid = bytes(memoryview(fields.get(shape.member, b""))[:1]) == shape.begins
+    if (
+        "error" in fields
+        and not is_null(fields.get("error"))
+        and not (is_valid and shape.tells_failures)
+    ):
         return Answer(body=body, is_valid=False, error=body)
     for name in ("usage", "meta"):
-        reported = fields.get(name)
-        if reported is not None and b"cost" in bytes(reported).lower():
+        if name not in fields:
+            continue
+        reported = fields[name]
+        if b"cost" in bytes(reported).lower():
             fields = {**fields, name: raw(without_cost(value_of(reported)))}
             body = msgspec.json.encode(fields)
-    own_id = read_text(value_of(fields.get("id")))
+    own_id = _text_of(fields, "id")
     answer_id = answer_id or public_id(own_id)
     if answer_id != own_id:
         body = msgspec.json.encode({**fields, "id": answer_id})
     return Answer(
         body=body,
         is_valid=is_valid,
-        model=read_text(value_of(fields.get("model"))),
+        model=_text_of(fields, "model"),
         usage=shape.usage(fields),
         answer_id=answer_id,
-        service_tier=read_text(value_of(fields.get("service_tier"))),
+        service_tier=_text_of(fields, "service_tier"),
     )
+
+
+def _text_of(fields: Fields, name: str) -> str | None:
+    return read_text(value_of(fields[name])) if name in fields else None
 
 
 def as_text(body: bytes) -> bytes:

@@ -1,31 +1,62 @@
 """What a chat completion request asks for."""
 
+from typing import Annotated
+
+import msgspec
+
 from pricing.usage import MAX_TOKENS
-from proxy.wire.body import decoded, flag, model_of, read_body, whole_number
-from proxy.wire.fields import Fields, is_null, raw
+from proxy.wire.body import checked_model, decoded, flag, model_of, read_body, whole_number
+from proxy.wire.fields import UNREADABLE, Fields, is_null, raw
 from proxy.wire.media import count_media
 from proxy.wire.request import Request, wants_live_cost
 
 MAX_CHOICES = 128
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
+_NO_MESSAGES = raw([])
+_Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] | None
+
+
+class _Plain(msgspec.Struct):
+    """The members that decide about money, where each of them is in order."""
+
+    model: str
+    messages: msgspec.Raw = _NO_MESSAGES
+    stream: bool | None = None
+    max_completion_tokens: _Limit = None
+    max_tokens: _Limit = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
+    modalities: list[str] | None = None
+    service_tier: str | None = None
+    stream_options: msgspec.Raw | None = None
+    prediction: msgspec.Raw | None = None
+
+
+_decode_plain = msgspec.json.Decoder(_Plain).decode
+
 
 def parse_chat_request(body: bytes) -> Request:
     """Read a body; raises InvalidRequestError, with the parameter that is wrong."""
     fields = read_body(body)
-    messages = fields.get("messages", raw([]))
-    media = count_media(messages)
-    limits = [whole_number(fields, name, MAX_TOKENS) for name in OUTPUT_LIMITS]
-    prediction = fields.get("prediction")
-    modalities = frozenset(decoded(fields, "modalities", list[str], "a list of strings") or ())
+    try:
+        asked = _decode_plain(body)
+    except UNREADABLE:
+        asked = _checked(fields)
+    model = checked_model(asked.model)
+    media = count_media(asked.messages)
+    limits = (asked.max_completion_tokens, asked.max_tokens)
+    limit = None if limits == (None, None) else min(one for one in limits if one is not None)
+    modalities = asked.modalities or ()
+    prediction = asked.prediction
+    has_options = asked.stream_options is not None
     return Request(
         fields=fields,
-        model=model_of(fields),
-        stream=flag(fields, "stream"),
-        output_limit=min((limit for limit in limits if limit is not None), default=None),
-        n=whole_number(fields, "n", MAX_CHOICES) or 1,
-        include_usage=asks_for_usage(fields),
-        live_cost=wants_live_cost(fields),
+        model=model,
+        stream=asked.stream or False,
+        output_limit=limit,
+        n=asked.n or 1,
+        include_usage=has_options and asks_for_usage(fields),
+        live_cost=has_options and wants_live_cost(fields),
         prompt_bytes=len(body) - media.tokenless_bytes,
         images=media.images,
         audio_clips=media.audio_clips,
@@ -33,8 +64,24 @@ def parse_chat_request(body: bytes) -> Request:
         prediction_bytes=0 if is_null(prediction) else len(bytes(prediction or b"")),
         has_audio=bool(media.audio_clips) or "audio" in modalities,
         has_images=bool(media.images) or "image" in modalities,
+        service_tier=asked.service_tier,
+        text=asked.messages,
+    )
+
+
+def _checked(fields: Fields) -> _Plain:
+    """Read the members one by one, to say which of them is wrong."""
+    return _Plain(
+        messages=fields.get("messages", _NO_MESSAGES),
+        max_completion_tokens=whole_number(fields, "max_completion_tokens", MAX_TOKENS),
+        max_tokens=whole_number(fields, "max_tokens", MAX_TOKENS),
+        modalities=decoded(fields, "modalities", list[str], "a list of strings"),
+        model=model_of(fields),
+        stream=flag(fields, "stream"),
+        n=whole_number(fields, "n", MAX_CHOICES),
+        stream_options=fields.get("stream_options"),
+        prediction=fields.get("prediction"),
         service_tier=decoded(fields, "service_tier", str, "a string"),
-        text=messages,
     )
 
 

@@ -6,7 +6,6 @@ could read in another way.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -16,8 +15,7 @@ from proxy.wire.fields import Fields, is_null, raw
 from proxy.wire.form import Form
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, kw_only=True):
     """The bounds of a request's cost, and what its answer has to look like.
 
     `fields` are all its top-level members. `prompt_bytes` is at least as many as the tokens that
@@ -54,7 +52,7 @@ class Request:
     has_audio: bool = False
     has_images: bool = False
     service_tier: str | None = None
-    units: Mapping[str, int] = field(default_factory=dict[str, int])
+    units: Mapping[str, int] = msgspec.field(default_factory=dict[str, int])
     is_batch: bool = False
     continues: str | None = None
     text: msgspec.Raw | None = None

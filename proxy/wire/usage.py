@@ -49,7 +49,6 @@ class _Report(msgspec.Struct):
 
 
 _decode_report = msgspec.json.Decoder(_Report).decode
-_NO_INPUTS, _NO_OUTPUTS, _NO_CREATIONS = _Inputs(), _Outputs(), _Creations()
 
 
 def read_usage(raw: bytes) -> Usage | None:
@@ -61,33 +60,44 @@ def read_usage(raw: bytes) -> Usage | None:
     prompt, completion = report.prompt_tokens, report.completion_tokens
     if prompt + completion == 0:
         return None
-    inputs = report.prompt_tokens_details or _NO_INPUTS
-    outputs = report.completion_tokens_details or _NO_OUTPUTS
-    creations = inputs.cache_creation_token_details or _NO_CREATIONS
-    created = min(
-        prompt,
-        inputs.cache_creation_tokens
-        or inputs.cache_write_tokens
-        or report.cache_creation_input_tokens
-        or 0,
-    )
+    parts: dict[str, int] = {}
+    if report.cache_read_input_tokens:
+        parts["cached_input_tokens"] = min(prompt, report.cache_read_input_tokens)
+    if report.cache_creation_input_tokens:
+        parts["cache_creation_tokens"] = min(prompt, report.cache_creation_input_tokens)
+    if report.prompt_tokens_details is not None:
+        _add_inputs(parts, report.prompt_tokens_details, prompt)
+    if report.completion_tokens_details is not None:
+        _add_outputs(parts, report.completion_tokens_details, completion)
     try:
-        return Usage(
-            input_tokens=prompt,
-            cached_input_tokens=min(
-                prompt, inputs.cached_tokens or report.cache_read_input_tokens or 0
-            ),
-            cache_creation_tokens=created,
-            cache_creation_1h_tokens=min(created, creations.ephemeral_1h_input_tokens or 0),
-            audio_input_tokens=min(prompt, inputs.audio_tokens or 0),
-            image_input_tokens=min(prompt, inputs.image_tokens or 0),
-            output_tokens=completion,
-            reasoning_tokens=min(completion, outputs.reasoning_tokens or 0),
-            audio_output_tokens=min(completion, outputs.audio_tokens or 0),
-            image_output_tokens=min(completion, outputs.image_tokens or 0),
-        )
+        return Usage(input_tokens=prompt, output_tokens=completion, **parts)
     except UsageUnknownError:
         return None
+
+
+def _add_inputs(parts: dict[str, int], inputs: _Inputs, prompt: int) -> None:
+    """Add the parts of a prompt; what is told there goes before what is told beside it."""
+    if inputs.cached_tokens:
+        parts["cached_input_tokens"] = min(prompt, inputs.cached_tokens)
+    if created := inputs.cache_creation_tokens or inputs.cache_write_tokens:
+        parts["cache_creation_tokens"] = min(prompt, created)
+    creations = inputs.cache_creation_token_details
+    if creations is not None and creations.ephemeral_1h_input_tokens:
+        created = parts.get("cache_creation_tokens", 0)
+        parts["cache_creation_1h_tokens"] = min(created, creations.ephemeral_1h_input_tokens)
+    if inputs.audio_tokens:
+        parts["audio_input_tokens"] = min(prompt, inputs.audio_tokens)
+    if inputs.image_tokens:
+        parts["image_input_tokens"] = min(prompt, inputs.image_tokens)
+
+
+def _add_outputs(parts: dict[str, int], outputs: _Outputs, completion: int) -> None:
+    if outputs.reasoning_tokens:
+        parts["reasoning_tokens"] = min(completion, outputs.reasoning_tokens)
+    if outputs.audio_tokens:
+        parts["audio_output_tokens"] = min(completion, outputs.audio_tokens)
+    if outputs.image_tokens:
+        parts["image_output_tokens"] = min(completion, outputs.image_tokens)
 
 
 def usage_from_openai(raw: object) -> Usage | None:

@@ -66,7 +66,7 @@ class Unledgered:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         configure_logging("INFO")
-        self._relay = await _relay(self._upstream_url)
+        self._relay = await relay_without_ledger(self._upstream_url)
         await send({"type": "lifespan.startup.complete"})
         gc.collect()
         gc.freeze()
@@ -75,16 +75,21 @@ class Unledgered:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-async def _relay(upstream_url: str) -> Relay:
+async def relay_without_ledger(upstream_url: str, control: object = None) -> Relay:
+    """Return the service's relay; `control` stands in for LiteLLM's control endpoints."""
     parts = assemble(
         load_settings(
             {}, database_url="postgresql://nowhere", litellm_url=upstream_url, litellm_key="none"
         )
     )
     services = parts.services
+    # Nothing but a benchmark takes it apart.
+    catalog: Any = services.catalog
+    if control is not None:
+        catalog._control = control  # noqa: SLF001
     await services.catalog.refresh()
     relay: Any = services.relay
-    admission: Any = relay._admission  # noqa: SLF001 - nothing but a benchmark takes it apart
+    admission: Any = relay._admission  # noqa: SLF001
     principals: Any = services.principals
     nobody = _NoLedger()
     relay._settler = admission._settler = admission._ledger = nobody  # noqa: SLF001

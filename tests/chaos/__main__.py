@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.chaos import report
 from tests.chaos.campaign import Campaign
-from tests.chaos.faults import FAULTS, LITELLM_FAULTS, Fault
+from tests.chaos.faults import BRIEF_FAULTS, FAULTS, LITELLM_FAULTS, Fault
 from tests.chaos.sabotage import SABOTAGES, copy_with
 from tests.chaos.stage import Stage
 
@@ -56,7 +56,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0, help="how long (600)")
     parser.add_argument("--seed", type=int, default=1, help="of the order of faults, and of load")
     parser.add_argument("--only", action="append", default=[], help="a fault by its name")
-    parser.add_argument("--quick", action="store_true", help="faults of a few seconds only")
+    parser.add_argument(
+        "--brief", action="store_true", help="one of each kind of fault, once, in about a minute"
+    )
     parser.add_argument("--sabotage", choices=SABOTAGES, help="of the service: the run must fail")
     parser.add_argument("--report", type=Path, help="the document to write the table into")
     parser.add_argument("--keep", action="store_true", help="keep journals and logs")
@@ -66,9 +68,10 @@ def _parse() -> argparse.Namespace:
 def _choose(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
     """Faults to inject with LiteLLM stood in for, and with the real one."""
     if not options.only:
+        if options.brief:
+            return BRIEF_FAULTS, []
         is_long = options.seconds >= _LONG_SECONDS and not options.sabotage
-        faults = [fault for fault in FAULTS if not (options.quick and fault.is_slow)]
-        return faults, LITELLM_FAULTS if is_long else []
+        return FAULTS, LITELLM_FAULTS if is_long else []
     names = {fault.name for fault in (*FAULTS, *LITELLM_FAULTS)}
     if unknown := set(options.only) - names:
         sys.exit(f"no such fault: {', '.join(unknown)}. There are: {', '.join(sorted(names))}")
@@ -89,7 +92,7 @@ def _campaign(
         stage = Stage(home, seed=options.seed, code=code, has_litellm=has_litellm)
         try:
             campaign = Campaign(stage, faults)
-            for line in campaign.run(seconds):
+            for line in campaign.run_brief() if options.brief else campaign.run(seconds):
                 _say(line)
         finally:
             stage.close()

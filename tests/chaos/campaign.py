@@ -3,7 +3,8 @@
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.chaos.verdict import Judge, Verdict
 
 # How many answers come before a fault, and after it, before its round ends.
 _ANSWERS = 40
+_BRIEF_ANSWERS = 10
 _CUSTOMERS = 24
 _PAUSE_MS = 120.0
 # What the two poor accounts get for each round: some five requests.
@@ -79,6 +81,31 @@ class Campaign:
                 break
         self._trace()
 
+    def run_brief(self) -> Iterator[str]:
+        """Inject every fault once under one load, for one verdict; yields each fault, then that."""
+        stage = self._stage
+        outcomes = [outcome for outcome in self.outcomes if outcome.obstacle is None]
+        self._random.shuffle(outcomes)
+        verdict = Verdict()
+        started = time.monotonic()
+        try:
+            with self._load("brief") as journal:
+                for outcome in outcomes:
+                    outcome.injected += 1
+                    yield f"{time.monotonic() - started:5.1f} s  {outcome.fault.name}"
+                    outcome.fault.inject(stage, self._random)
+                    stage.wait_up()
+                    _wait_answers(journal, _BRIEF_ANSWERS)
+            stage.wait_settled()
+            verdict = self._judge.judge([journal])
+        except ChaosError as error:
+            verdict.wrong.append(str(error))
+        # It is nobody's alone; the sum over all of them is what counts.
+        outcomes[-1].verdict.add(verdict)
+        yield f"{time.monotonic() - started:5.1f} s  {'WRONG' if verdict.failings else 'clean'}"
+        yield from (f"      {failing}" for failing in verdict.failings[:20])
+        self._trace()
+
     def _turns(self) -> Iterator[Outcome]:
         """Every fault in an order drawn from the seed, then all again in another."""
         possible = [outcome for outcome in self.outcomes if outcome.obstacle is None]
@@ -99,11 +126,18 @@ class Campaign:
             for said, meaning in _SAID.items():
                 self.traces[meaning] += log.count(f'"{said}"')
 
+    @contextmanager
+    def _load(self, name: str) -> Generator[Path]:
+        """Have customers call while the context lasts; yields their journal."""
+        for poor in self._stage.poor:
+            poor.fund(_ALMS_NANOS)
+        calling = self._stage.customers(name, customers=_CUSTOMERS, pause_ms=_PAUSE_MS)
+        with calling as journal:
+            yield journal
+
     def _round(self, number: int, fault: Fault) -> Verdict:
         stage = self._stage
-        for poor in stage.poor:
-            poor.fund(_ALMS_NANOS)
-        with stage.customers(str(number), customers=_CUSTOMERS, pause_ms=_PAUSE_MS) as journal:
+        with self._load(str(number)) as journal:
             _wait_answers(journal, _ANSWERS)
             fault.inject(stage, self._random)
             stage.wait_up()

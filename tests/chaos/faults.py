@@ -37,8 +37,6 @@ class Fault:
     inject: Callable[[Stage, random.Random], None]
     # Why it can't be done on this machine; None where it can.
     obstacle: Callable[[], str | None] = lambda: None
-    # Whether it lasts for longer than some seconds, and is left to the long runs.
-    is_slow: bool = False
 
 
 def _outage(draw: random.Random) -> float:
@@ -351,23 +349,33 @@ FAULTS = [
     Fault("worker killed", "`kill -9` of a worker", kill_worker),
     Fault("replica killed", "`kill -9` of a replica with its workers", kill_replica),
     Fault("both replicas killed", "`kill -9` of everything that serves", kill_both_replicas),
-    Fault("SIGTERM", "a replica is stopped with SIGTERM under load, and started", restart_replica),
+    Fault(
+        "SIGTERM",
+        "a replica is stopped with SIGTERM under load, and started",
+        restart_replica,
+    ),
     Fault(
         "replica frozen",
         "SIGSTOP of a replica until its holds have expired, then SIGCONT",
         freeze_replica,
-        is_slow=True,
     ),
     Fault("LiteLLM killed", "`kill -9` of LiteLLM (stood in for)", kill_litellm),
     Fault("backends ended", "PostgreSQL ends all our connections, three times", terminate_backends),
-    Fault("backend killed", "`kill -9` of a PostgreSQL backend: crash recovery", kill_backend),
+    Fault(
+        "backend killed",
+        "`kill -9` of a PostgreSQL backend: crash recovery",
+        kill_backend,
+    ),
     Fault(
         "backends frozen",
         "SIGSTOP of half of the backends, locks and all, for 6 s",
         freeze_backends,
-        is_slow=True,
     ),
-    Fault("postmaster killed", "`kill -9` of the postmaster, and its restart", kill_postmaster),
+    Fault(
+        "postmaster killed",
+        "`kill -9` of the postmaster, and its restart",
+        kill_postmaster,
+    ),
     Fault("PostgreSQL away", "postmaster and backends killed, back after seconds", crash_postgres),
     Fault(
         "PostgreSQL away, replicas killed",
@@ -379,51 +387,62 @@ FAULTS = [
         "the same, and a replica is stopped with SIGTERM meanwhile",
         crash_postgres_and_restart_replica,
     ),
-    Fault("connections cut", "connections to PostgreSQL are cut, eight times", cut_connections),
+    Fault(
+        "connections cut",
+        "connections to PostgreSQL are cut, eight times",
+        cut_connections,
+    ),
     Fault(
         "commits unanswered",
         "connections are cut between a COMMIT and its answer, ten times",
         lose_commits,
     ),
-    Fault("answers delayed", "PostgreSQL's answers take 0.1 to 0.8 s longer", delay_answers),
     Fault(
-        "silence", "a replica's connections to PostgreSQL go silent for 6 s", silence, is_slow=True
+        "answers delayed",
+        "PostgreSQL's answers take 0.1 to 0.8 s longer",
+        delay_answers,
     ),
+    Fault("silence", "a replica's connections to PostgreSQL go silent for 6 s", silence),
     Fault(
         "partition",
         "a replica can't reach PostgreSQL until its holds have expired",
         partition,
-        is_slow=True,
     ),
     Fault(
         "partition, replica killed",
         "the same, `kill -9` of the replica, and its spool replayed after its holds expired",
         partition_and_kill,
-        is_slow=True,
     ),
     Fault(
         "disk full",
         "PostgreSQL out of reach and no room for the spool (on a tmpfs), for seconds",
         fill_disk,
         _no_mounts,
-        is_slow=True,
     ),
     Fault(
         "disk full for long",
         "the same until answers that were held back are given up",
         fill_disk_for_long,
         _no_mounts,
-        is_slow=True,
     ),
-    Fault("replica's clock", "a replica's clock jumps by days, hours and seconds", step_clock),
+    Fault(
+        "replica's clock",
+        "a replica's clock jumps by days, hours and seconds",
+        step_clock,
+    ),
     Fault(
         "PostgreSQL's clock",
         "PostgreSQL's clock jumps forth beyond every hold, and back (libfaketime)",
         step_postgres_clock,
         _no_faketime,
-        is_slow=True,
     ),
 ]
+# What `make test` has time for: one of each kind. A full disk takes two SIGTERMs as well.
+_BRIEF = {
+    *(kill_worker, kill_litellm, kill_backend, kill_postmaster, crash_postgres_and_kill_replicas),
+    *(cut_connections, lose_commits, delay_answers, fill_disk, step_clock),
+}
+BRIEF_FAULTS = [fault for fault in FAULTS if fault.inject in _BRIEF]
 # With the real LiteLLM, for which the provider is stood in.
 LITELLM_FAULTS = [
     Fault(

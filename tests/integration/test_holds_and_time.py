@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 from uuid import UUID
 
+import psycopg
 import pytest
 from prometheus_client import REGISTRY
 
@@ -175,6 +176,27 @@ async def test_heartbeat_goes_on_after_an_outage(account: NewAccount, replica: N
         async with asyncio.timeout(1):
             await heartbeat.run()
     assert money.one("SELECT expires_at > now() FROM open_holds") == (True,)
+
+
+async def test_heartbeat_waits_for_nobody_and_makes_up_for_it_the_next_time(
+    account: NewAccount, replica: NewLedger, database_url: str
+) -> None:
+    money = account(funds=1000)
+    requests = [money.hold(10, ttl_s=0) for _ in range(2)]
+    heartbeat = Heartbeat(replica(), interval_s=0, ttl_s=900)
+    for request in requests:
+        heartbeat.add(money.account_id, UUID(str(request["request_id"])))
+    is_live = "SELECT expires_at > now() FROM open_holds ORDER BY request_id"
+    with psycopg.connect(database_url) as settling:
+        # In the middle of a transaction that then fails.
+        ends = "DELETE FROM tallygate.open_holds WHERE request_id = %s"
+        settling.execute(ends, (requests[0]["request_id"],))
+        async with asyncio.timeout(5):
+            await heartbeat.beat()
+        assert money.all(is_live) == [(False,), (True,)]
+        settling.rollback()
+    await heartbeat.beat()
+    assert money.all(is_live) == [(True,), (True,)]
 
 
 def test_overdraft_is_worked_off_by_several_deposits(account: NewAccount) -> None:

@@ -23,6 +23,7 @@ from proxy.ledger import Ledger
 from proxy.reports import Reports
 from tests.growth import load
 from tests.integration.money import Money, capture, void
+from tests.support.postgres import Cluster
 
 ENTRIES, DAYS = 20_000, 120
 # More than any statement here needs of a table, and far less than the table has.
@@ -36,10 +37,11 @@ Reads = dict[str, int]
 _COUNTED = "relname, seq_scan + coalesce(idx_scan, 0), seq_tup_read + coalesce(idx_tup_fetch, 0)"
 
 
-@pytest.fixture(params=["empty", "small", "grown"])
-def grown(request: pytest.FixtureRequest, database_url: str) -> Iterator[Money]:
+@pytest.fixture(scope="module", params=["empty", "small", "grown"])
+def grown(request: pytest.FixtureRequest, postgres: Cluster) -> Iterator[Money]:
     """A session that made its plans when the ledger was as the parameter says, and has grown."""
-    money = Money(database_url, funds=1_000_000)
+    url = postgres.clone()
+    money = Money(url, funds=1_000_000)
     # Statistics would be renewed behind our back, and plans with them.
     money.connection.execute("ALTER SYSTEM SET autovacuum = off")
     money.all("SELECT pg_reload_conf()")
@@ -50,14 +52,15 @@ def grown(request: pytest.FixtureRequest, database_url: str) -> Iterator[Money]:
             money.connection.execute("VACUUM (ANALYZE)")
             _everything(money)
         shape = load.Shape.of(ENTRIES, days=DAYS)
-        load.prepare(database_url, shape)
+        load.prepare(url, shape)
         is_analyzed = request.param == "grown"
-        load.load(database_url, shape, 0, shape.requests, is_analyzed=is_analyzed, progress=_silent)
+        load.load(url, shape, 0, shape.requests, is_analyzed=is_analyzed, progress=_silent)
         yield money
     finally:
         money.connection.execute("ALTER SYSTEM RESET autovacuum")
         money.all("SELECT pg_reload_conf()")
         money.connection.close()
+        postgres.drop(url)
 
 
 def _silent(_: str) -> None:
@@ -189,8 +192,9 @@ def test_a_seal_and_an_incremental_audit_read_what_is_new(grown: Money) -> None:
     assert {table: read for table, read in found.items() if read > FEW} == {}
 
 
-def pooled(url: str, work: Callable[[Reports, Ledger], Awaitable[object]]) -> Reads:
+def pooled(grown: Money, work: Callable[[Reports, Ledger], Awaitable[object]]) -> Reads:
     """How many rows a read of the API takes, over the pool that it is made with."""
+    url = grown.connection.info.dsn
 
     async def run() -> None:
         async with make_pool(url, max_size=1) as pool:
@@ -231,20 +235,20 @@ READS: dict[str, Callable[[Reports, Ledger, UUID], Awaitable[object]]] = {
 }
 
 
-def test_a_read_takes_few_rows(grown: Money, database_url: str) -> None:
+def test_a_read_takes_few_rows(grown: Money) -> None:
     (account,) = grown.one("SELECT account_id FROM accounts WHERE name = 'grown 7'")
     for name, read in READS.items():
-        found = pooled(database_url, partial(_call, read, account))
+        found = pooled(grown, partial(_call, read, account))
 
         assert {table: rows for table, rows in found.items() if rows > FEW} == {}, name
 
 
-def test_a_receipt_takes_one_month(grown: Money, database_url: str) -> None:
+def test_a_receipt_takes_one_month(grown: Money) -> None:
     account, request_id = grown.one(
         "SELECT account_id, request_id FROM usage ORDER BY request_id LIMIT 1"
     )
 
-    found = pooled(database_url, lambda reports, _: reports.usage_row(account, request_id))
+    found = pooled(grown, lambda reports, _: reports.usage_row(account, request_id))
 
     assert {table: read for table, read in found.items() if read > FEW} == {}
     assert len(months(found, "usage")) == 1

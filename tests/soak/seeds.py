@@ -13,15 +13,18 @@ _HISTORIES_A_SEED = 100
 _SEEDS_APART = 1_000_000
 
 
-def soak(url: str, first_seed: int, until: float) -> Tally:
-    """Try one seed after another until time is up or a history differs."""
+def soak(url: str, first_seed: int, until: float, *, shrink: bool = True) -> Tally:
+    """Try one seed after another until time is up or a history differs.
+
+    `shrink` has the shortest such history looked for, which takes minutes.
+    """
     world = World(url, until=until)
     failure: str | None = None
     number = first_seed
     try:
         while failure is None:
             try:
-                _try_seed(world, number)
+                _try_seed(world, number, shrink=shrink)
             except TimeIsUp:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, it is what was looked for
@@ -34,7 +37,7 @@ def soak(url: str, first_seed: int, until: float) -> Tally:
     return Tally(world.answers, world.calls, world.raced, world.histories, failure)
 
 
-def _try_seed(world: World, number: int) -> None:
+def _try_seed(world: World, number: int, *, shrink: bool) -> None:
     machine = machine_on(world)
     seed(number)(machine)
     run_state_machine_as_test(
@@ -42,7 +45,7 @@ def _try_seed(world: World, number: int) -> None:
         settings=settings(
             max_examples=_HISTORIES_A_SEED,
             stateful_step_count=60,
-            phases=[Phase.generate, Phase.shrink],
+            phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
             database=None,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -43,6 +43,7 @@ def test_secrets_do_not_show_in_what_is_printed(
         ("porrt: 1", "porrt"),
         ("port: 99999", "port"),
         ("holds: {ttl: 5}", "holds.ttl"),
+        ("holds: {ttl_s: 120}", "twice heartbeat_s"),
         ("credit_usd: -1", "credit_usd"),
         ("credit_usd: abc", "credit_usd"),
         ("credit_usd: .nan", "credit_usd"),
