@@ -45,20 +45,21 @@ chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos $(SECONDS:%=--seconds %) $(SEED:%=--seed %) \
 		--report docs/reliability.md
 
-# The ledger against its model for SECONDS (600), from SEED (a random one).
+# The ledger against its model for SECONDS (600), from SEED (a random one); writes its table.
 soak: $(STAMP)
-	$(BIN)/python -m tests.soak $(SECONDS:%=--seconds %) $(SEED:%=--seed %)
+	$(BIN)/python -m tests.soak $(SECONDS:%=--seconds %) $(SEED:%=--seed %) \
+		--report docs/reliability.md
 
-# Each guard of the ledger removed in turn: some test must notice.
+# Each guard of the ledger removed in turn: some test must notice; writes its table.
 mutation: $(STAMP)
-	$(BIN)/python -m tests.mutation
+	$(BIN)/python -m tests.mutation --report docs/reliability.md
 
 # A ledger of ROWS entries (20000000) beside an empty one; a worker's memory over 200,000 requests.
 growth: $(STAMP)
-	$(BIN)/python -m tests.growth $(ROWS:%=--rows %)
+	$(BIN)/python -m tests.growth $(ROWS:%=--rows %) --report docs/growth.md
 
 growth-memory: $(STAMP)
-	$(BIN)/python -m tests.growth --memory
+	$(BIN)/python -m tests.growth --memory --report docs/growth.md
 
 # The locks hold hashes and no address, so that they are right for any registry. PIP_FIND_LINKS
 # and its kin would leak local files into them.

@@ -1,4 +1,4 @@
-"""`tallygate doctor --backup`: if this machine burnt down now, what of the ledger would be left?
+"""`tallygate doctor --backup`: what would be left of the ledger if this machine burnt down now.
 
 Looks at what PostgreSQL says of its archive, its standbys and its last base backup, at the spool,
 which is no part of any of them, and at what shows after a restore whether the ledger is whole.
@@ -7,7 +7,7 @@ which is no part of any of them, and at what shows after a restore whether the l
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import LiteralString
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
@@ -25,7 +25,7 @@ SPOOL_LATE_S = 600
 DAILY_S = 26 * 3600
 _ARCHIVE_BY_STREAM = "pg_receivewal"
 
-_SERVER = """
+_SERVER: LiteralString = """
     SELECT
         pg_is_in_recovery() AS is_standby,
         current_setting('wal_level') AS wal_level,
@@ -39,7 +39,7 @@ _SERVER = """
         pg_has_role(current_user, 'pg_monitor', 'MEMBER') AS sees_all
 """
 
-_ARCHIVER = """
+_ARCHIVER: LiteralString = """
     SELECT
         a.last_archived_wal, a.last_failed_wal, a.failed_count,
         extract(EPOCH FROM now() - a.last_archived_time)::float8 AS archived_s,
@@ -51,30 +51,30 @@ _ARCHIVER = """
     FROM pg_stat_archiver AS a
 """
 
-_RECEIVERS = """
+_RECEIVERS: LiteralString = """
     SELECT
         application_name, state, sync_state,
         extract(EPOCH FROM replay_lag)::float8 AS lag_s
     FROM pg_stat_replication ORDER BY application_name
 """
 
-_SLOTS = """
+_SLOTS: LiteralString = """
     SELECT slot_name, wal_status FROM pg_replication_slots
     WHERE NOT active OR wal_status IN ('unreserved', 'lost') ORDER BY slot_name
 """
 
-_BASE_BACKUP = """
+_BASE_BACKUP: LiteralString = """
     SELECT extract(EPOCH FROM now() - max(modification))::float8 AS age_s
     FROM pg_ls_waldir() WHERE name ~ '\\.backup$'
 """
 
-_PROOF = """
+_PROOF: LiteralString = """
     SELECT
-        (SELECT max(number) FROM seals) AS newest_seal,
-        (SELECT extract(EPOCH FROM now() - max(sealed_at))::float8 FROM seals) AS sealed_s,
-        (SELECT extract(EPOCH FROM now() - max(at))::float8 FROM audit_runs WHERE findings = 0)
+        (SELECT max(number) FROM tallygate.seals) AS newest_seal,
+        (SELECT extract(EPOCH FROM now() - max(sealed_at))::float8 FROM tallygate.seals) AS sealed_s,
+        (SELECT extract(EPOCH FROM now() - max(at))::float8 FROM tallygate.audit_runs WHERE findings = 0)
         AS clean_s,
-        (SELECT findings FROM audit_runs ORDER BY run_id DESC LIMIT 1) AS findings
+        (SELECT findings FROM tallygate.audit_runs ORDER BY run_id DESC LIMIT 1) AS findings
 """
 
 
@@ -85,7 +85,7 @@ def check_backup(url: str, data_dir: Path, kept: Sequence[Seal] | None) -> list[
     """
     spooled = list(_spool(data_dir))
     try:
-        connection = psycopg.connect(
+        connection = psycopg.Connection[DictRow].connect(
             url,
             autocommit=True,
             connect_timeout=5,
@@ -100,7 +100,6 @@ def check_backup(url: str, data_dir: Path, kept: Sequence[Seal] | None) -> list[
         if server["is_standby"]:
             remedy = "ask the primary: what it archives and who follows it is known there"
             return [Check("postgresql", "warn", "this is a standby", remedy), *spooled]
-        connection.execute("SET search_path = tallygate, pg_catalog, pg_temp")
         return [
             *_copies(connection, server),
             *_slots(connection),
@@ -218,7 +217,8 @@ def _base_backup(connection: psycopg.Connection[DictRow], server: DictRow) -> Ch
     if not server["sees_all"]:
         remedy = "GRANT pg_monitor to this login; meanwhile, see that there is one"
         return Check("base_backup", "warn", "this login may not look", remedy)
-    ((age_s,),) = [row.values() for row in connection.execute(_BASE_BACKUP)]
+    (row,) = connection.execute(_BASE_BACKUP).fetchall()
+    age_s = row["age_s"]
     return Check.of(
         "base_backup",
         "no pg_basebackup was made of this server" if age_s is None else f"made {_ago(age_s)}",
@@ -305,7 +305,7 @@ def _kept(
         return Check("kept_seals", "warn", "not told", remedy)
     roots = {
         row["number"]: bytes(row["root"]).hex()
-        for row in connection.execute("SELECT number, root FROM seals")
+        for row in connection.execute("SELECT number, root FROM tallygate.seals")
     }
     wrong = [seal.number for seal in kept if roots.get(seal.number) != seal.root]
     if wrong:
@@ -332,6 +332,3 @@ def _ago(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{max(0.0, seconds):.0f} s ago"
-
-
-__all__ = ["check_backup"]

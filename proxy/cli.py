@@ -26,6 +26,7 @@ from pricing.errors import PricingError
 from proxy.accounts import KeyLimits
 from proxy.commands_audit import add_audit
 from proxy.commands_reconcile import add_reconcile
+from proxy.commands_rejected import add_rejected
 from proxy.commands_reviews import add_review
 from proxy.db import CONNECTION_ERRORS, migrate
 from proxy.embedded.postgres import EmbeddedPostgres
@@ -34,6 +35,7 @@ from proxy.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from proxy.administration import Administration
+    from proxy.doctor import Check
     from proxy.up import Announcement
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -223,6 +225,29 @@ def _database_url(settings: Settings) -> str:
 
 
 def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
+    checks = (
+        _backup_checks(arguments.kept, settings) if arguments.backup else _service_checks(settings)
+    )
+    lines = _table([(check.status.upper(), check.name, check.found) for check in checks])
+    lines = [
+        text
+        for line, check in zip(lines, checks, strict=True)
+        for text in (line, f"      -> {check.remedy}")[: 2 if check.remedy else 1]
+    ]
+    is_failing = any(check.status == "fail" for check in checks)
+    _show(arguments, {"ok": not is_failing, "checks": checks}, lines)
+    return 1 if is_failing else 0
+
+
+def _backup_checks(kept: Path | None, settings: Settings) -> list["Check"]:
+    from proxy.backups import check_backup
+    from proxy.seals import read_kept
+
+    seals = None if kept is None else read_kept(kept)
+    return check_backup(_database_url(settings), settings.data_dir, seals)
+
+
+def _service_checks(settings: Settings) -> list["Check"]:
     from proxy import doctor
     from proxy.up import Trace, admin_key_path, litellm_key_path
 
@@ -247,16 +272,7 @@ def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
     checks += doctor.check_spool(settings.data_dir)
     admin_key = _secret(settings.admin_key) or _content(admin_key_path(settings.data_dir))
     checks.append(doctor.check_admin_key(admin_key))
-
-    lines = _table([(check.status.upper(), check.name, check.found) for check in checks])
-    lines = [
-        text
-        for line, check in zip(lines, checks, strict=True)
-        for text in (line, f"      -> {check.remedy}")[: 2 if check.remedy else 1]
-    ]
-    is_failing = any(check.status == "fail" for check in checks)
-    _show(arguments, {"ok": not is_failing, "checks": checks}, lines)
-    return 1 if is_failing else 0
+    return checks
 
 
 def _content(path: Path) -> str | None:
@@ -393,11 +409,18 @@ def _parser() -> argparse.ArgumentParser:
         table=_table,
         complain=_complain,
     )
-    add(commands, "doctor", _doctor, "check what the service depends on")
+    doctor = add(commands, "doctor", _doctor, "check what the service depends on")
+    doctor.add_argument(
+        "--backup", action="store_true", help="check what a restore would depend on, instead"
+    )
+    doctor.add_argument("--kept", type=Path, metavar="FILE", help="the seals that you keep")
     _add_account(commands, add)
     _add_key(commands, add)
     add_review(commands, add, _administer, duration=_duration, positive=_positive)
     add_reconcile(commands, add, database_url=_database_url, show=_show, complain=_complain)
+    add_rejected(
+        commands, add, database_url=_database_url, show=_show, lines=_lines, complain=_complain
+    )
     return parser
 
 

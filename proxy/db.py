@@ -1,13 +1,17 @@
 """PostgreSQL: connections that act as the unprivileged role, and the schema's version.
 
 Whatever login the service is given, its connections work as `tallygate_app`, which may read, and
-write only through the functions of `schema.sql`. A login that is a plain member of that role is
-left as it is, so that a transaction pooler such as PgBouncer, which keeps no `SET ROLE`, works.
+write only through the functions of `schema.sql`.
+
+A transaction pooler such as PgBouncer gives each transaction whichever backend is free: what a
+session sets is lost to it and found by somebody else. Behind one nothing is set and no statement
+gets a name; the login must be one that brings everything along (`deploy/service_login.sql`).
 """
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, LiteralString, cast
 
@@ -16,7 +20,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
-from psycopg.rows import TupleRow
+from psycopg.rows import TupleRow, tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from proxy.errors import ConfigurationError, MeteringUnavailableError
@@ -43,16 +47,71 @@ def is_bad_data(error: psycopg.Error) -> bool:
     return (error.sqlstate or "")[:2] in {"22", "23"}
 
 
+# PostgreSQL tells its process number when a connection opens. A pooler answers for it, before it
+# has chosen a backend, and makes a number up.
+_LOGIN: LiteralString = (
+    "SELECT pg_backend_pid(), coalesce(current_schema() = 'tallygate', false),"
+    " has_table_privilege('tallygate.entries', 'UPDATE')"
+    " OR has_table_privilege('tallygate.balances', 'UPDATE')"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """What a connection works as, before anything is set."""
+
+    # Whether a pooler may give the next transaction to another backend.
+    is_pooled: bool
+    # Whether its statements find the tables.
+    has_path: bool
+    # Whether it may do what the service must not.
+    may_write: bool
+
+    def refusal(self) -> str | None:
+        """Say why the service can't work over this connection; None if it can."""
+        if not self.is_pooled or (self.has_path and not self.may_write):
+            return None
+        return (
+            "TALLYGATE_DATABASE_URL leads through a pooler, which keeps no settings of a session: "
+            "give the service a login that brings them, as deploy/service_login.sql makes it"
+        )
+
+
+def read_login(connection: psycopg.Connection[Any]) -> Login:
+    """Look at a connection to a database that has the schema."""
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        ((pid, has_path, may_write),) = cursor.execute(_LOGIN).fetchall()
+    return Login(pid != connection.info.backend_pid, has_path, may_write)
+
+
+def set_local(connection: psycopg.Connection[Any], settings: Mapping[str, str]) -> None:
+    """Change settings for the transaction under way, which a pooler does not take apart."""
+    connection.execute(
+        "SELECT set_config(s.name, s.value, true) FROM unnest(%s::text[], %s::text[]) AS s"
+        " (name, value)",
+        (list(settings), list(settings.values())),
+    )
+
+
 async def _configure(connection: AsyncConnection[TupleRow]) -> None:
+    await _set_up(connection)
+
+
+async def _set_up(connection: AsyncConnection[TupleRow]) -> bool:
+    """Have a new connection work as it must; returns whether it may keep settings of its own."""
+    cursor = await connection.execute(_LOGIN)
+    ((pid, has_path, may_write),) = await cursor.fetchall()
+    login = Login(pid != connection.info.backend_pid, has_path, may_write)
+    if login.is_pooled:
+        if refusal := login.refusal():
+            raise psycopg.OperationalError(refusal)
+        connection.prepare_threshold = None
+        return False
     await connection.execute("SET search_path = tallygate, pg_temp")
     await connection.execute("SET idle_in_transaction_session_timeout = '30s'")
-    cursor = await connection.execute(
-        "SELECT has_table_privilege('tallygate.entries', 'UPDATE')"
-        " OR has_table_privilege('tallygate.balances', 'UPDATE')"
-    )
-    row = await cursor.fetchone()
-    if row is not None and row[0]:
+    if login.may_write:
         await connection.execute("SET ROLE tallygate_app")
+    return True
 
 
 def make_pool(url: str, *, max_size: int = 8) -> AsyncConnectionPool[AsyncConnection[TupleRow]]:
@@ -178,12 +237,12 @@ class Session:
     async def _connect(self) -> AsyncConnection[TupleRow]:
         connection = await AsyncConnection.connect(self._url, **_CONNECT_OPTIONS)
         try:
-            await _configure(connection)
-            # A statement that we gave up must not go on waiting for a lock and then be carried
-            # out, nor keep its backend.
-            milliseconds = int(self._timeout_s * 900)
-            await connection.execute(sql.SQL("SET statement_timeout = {}").format(milliseconds))
-            await connection.execute("SET client_connection_check_interval = '2s'")
+            if await _set_up(connection):
+                # A statement that we gave up must not go on waiting for a lock and then be carried
+                # out, nor keep its backend.
+                milliseconds = int(self._timeout_s * 900)
+                await connection.execute(sql.SQL("SET statement_timeout = {}").format(milliseconds))
+                await connection.execute("SET client_connection_check_interval = '2s'")
         except BaseException:
             await connection.close()
             raise
@@ -308,10 +367,16 @@ def _run_script(connection: psycopg.Connection[Any], path: Path) -> None:
 
 
 def require_schema(url: str) -> None:
-    """Raise ConfigurationError unless the database has exactly this program's schema."""
+    """Raise ConfigurationError unless the database has exactly this program's schema.
+
+    So it does where a pooler stands before the database and the login is not made for one.
+    """
+    refusal: str | None = None
     try:
         with psycopg.connect(url, connect_timeout=10) as connection:
             found = schema_version(connection)
+            if found == SCHEMA_VERSION:
+                refusal = read_login(connection).refusal()
     except psycopg.OperationalError as error:
         msg = f"PostgreSQL at TALLYGATE_DATABASE_URL can't be reached: {str(error).strip()}"
         raise ConfigurationError(msg) from None
@@ -321,3 +386,5 @@ def require_schema(url: str) -> None:
             f"the database has {has}, this program needs {SCHEMA_VERSION}: run `tallygate migrate`"
         )
         raise ConfigurationError(msg)
+    if refusal:
+        raise ConfigurationError(refusal)

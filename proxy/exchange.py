@@ -10,10 +10,12 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Generator,
     Iterable,
     Mapping,
     MutableMapping,
 )
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -56,6 +58,8 @@ class Exchange:
         # The loop's time of the last part that was sent.
         self.sent_at = 0.0
         self._watcher: asyncio.Task[None] | None = None
+        # Known from the start of a streamed answer on.
+        self._loop: asyncio.AbstractEventLoop
 
     def header(self, name: bytes) -> str | None:
         """Return a request header by its lower-case name."""
@@ -162,7 +166,8 @@ class Exchange:
         """Begin a streamed answer."""
         self.status = 200
         self.is_streaming = True
-        self.sent_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self.sent_at = self._loop.time()
         await self._send(
             {
                 "type": "http.response.start",
@@ -170,7 +175,7 @@ class Exchange:
                 "headers": [*headers, *self._ids()],
             }
         )
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._watcher = self._loop.create_task(self._watch())
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -190,11 +195,9 @@ class Exchange:
         """
         if self.is_gone or self._is_finished:
             return
-        self.sent_at = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except TimeoutError:
+        self.sent_at = self._loop.time()
+        message = {"type": "http.response.body", "body": chunk, "more_body": True}
+        if not await self._is_taken(message):
             self._leave()
 
     async def finish(self, tail: bytes) -> None:
@@ -203,11 +206,25 @@ class Exchange:
         self._is_finished = True
         if self.is_gone:
             return
+        if not await self._is_taken({"type": "http.response.body", "body": tail}):
+            self.is_gone = True
+
+    async def _is_taken(self, message: Message) -> bool:
+        """Send a message; False if it was not taken within the stall timeout.
+
+        Nearly always there is room for it, and a timer for each would cost more than the rest.
+        """
+        sending = self._send(message).__await__()
+        try:
+            waits_for = next(sending)
+        except StopIteration:
+            return True
         try:
             async with asyncio.timeout(self._stall_timeout_s):
-                await self._send({"type": "http.response.body", "body": tail})
+                await _Rest(sending, waits_for)
         except TimeoutError:
-            self.is_gone = True
+            return False
+        return True
 
     def stop_watching(self) -> None:
         """End the watch for the client's hanging up: from now on it makes no difference."""
@@ -215,6 +232,28 @@ class Exchange:
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
+
+
+class _Rest:
+    """What is left to await of something that was begun by hand and waits for `waits_for`."""
+
+    def __init__(self, begun: Generator[Any, Any, None], waits_for: object) -> None:
+        self._begun = begun
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        while True:
+            try:
+                result = yield waits_for
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the other's
+                step = partial(self._begun.throw, error)
+            else:
+                step = partial(self._begun.send, result)
+            try:
+                waits_for = step()
+            except StopIteration:
+                return
 
 
 def virtual_key(header: Callable[[str], str | None]) -> str | None:

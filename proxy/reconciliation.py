@@ -386,6 +386,7 @@ def _ours(url: str, first: date, last: date) -> Iterator[DictRow]:
         connection.read_only = True
         connection.execute("SET LOCAL search_path = tallygate, pg_temp")
         connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        connection.execute("SET LOCAL statement_timeout = 0")
         with connection.cursor("reconcile", row_factory=dict_row) as cursor:
             cursor.itersize = _STREAMED_ROWS
             cursor.execute(_OURS, (start, end))

@@ -106,8 +106,11 @@ class StreamRelay:
                 exchange.when_gone(bound_the_drain)
                 async for chunk in answer.chunks():
                     passed = meter.feed(chunk)
-                    if passed:
-                        await self._deliver(call, passed, headers)
+                    if passed and call.has_delivered:
+                        call.repeat.add(passed)
+                        await exchange.write(passed)
+                    elif passed:
+                        await self._deliver_first(call, passed, headers)
                     if exchange.is_gone:
                         drained += len(chunk)
                         if drained > self._limits.drain_bytes:
@@ -122,15 +125,16 @@ class StreamRelay:
             return error
         return None
 
-    async def _deliver(self, call: Call, passed: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """Write a part of the answer; a client that has gone counts as having got it."""
+    async def _deliver_first(
+        self, call: Call, passed: bytes, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        """Begin the answer; a client that has gone counts as having got it."""
         exchange = call.exchange
         call.repeat.add(passed)
         if not exchange.is_streaming and not exchange.is_gone:
             await exchange.start(headers)
-        if not call.has_delivered:
-            call.has_delivered = True
-            _observe_first_byte(call)
+        call.has_delivered = True
+        _observe_first_byte(call)
         await exchange.write(passed)
 
     def _settlement(

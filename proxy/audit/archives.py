@@ -33,6 +33,7 @@ def archived_months(
 
     `files` are what `pg_dump` writes in plain text, gzipped or not.
     """
+    connection.execute("SET search_path = tallygate, pg_temp")
     tables: dict[str, sql.Composable] = {
         row["table"]: sql.Identifier("tallygate", row["table"])
         for row in connection.execute(

@@ -28,6 +28,7 @@ def audit(url: str) -> list[Finding]:
         connection.read_only = True
         connection.execute("SET LOCAL search_path = tallygate, pg_temp")
         connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        connection.execute("SET LOCAL statement_timeout = 0")
         connection.execute("SET LOCAL jit = off")
         findings = [check(connection, invariant) for invariant in INVARIANTS]
         prices = PriceCheck(connection)

@@ -21,11 +21,20 @@ from proxy.audit.full import check
 from proxy.audit.invariants import INVARIANTS
 from proxy.audit.page import BASES, PAGE
 from proxy.audit.prices import PriceCheck
+from proxy.db import set_local
 
 # Of entries in a page, unless one account alone has more.
 PAGE_ENTRIES = 20_000
 _PAGE_ACCOUNTS = 5_000
 _NIL = UUID(int=0)
+
+_SETTINGS = {
+    "search_path": "tallygate, pg_temp",
+    "statement_timeout": "0",
+    "work_mem": "64MB",
+    "jit": "off",
+    "enable_seqscan": "off",
+}
 
 _OF_THE_WHOLE = frozenset({"double_entry_balances", "liability_equals_balances"})
 _OF_THE_CATALOG = "journal_is_append_only"
@@ -73,15 +82,12 @@ def audit_increment(url: str, *, page_entries: int = PAGE_ENTRIES) -> Increment:
     ) as connection:
         connection.isolation_level = IsolationLevel.REPEATABLE_READ
         connection.read_only = True
-        connection.execute("SET search_path = tallygate, pg_temp")
-        connection.execute("SET work_mem = '64MB'")
-        connection.execute("SET jit = off")
-        connection.execute("SET enable_seqscan = off")
-        connection.commit()
+        connection.prepare_threshold = None  # a pooler may stand in between
         return _audit(connection, page_entries)
 
 
 def _audit(connection: psycopg.Connection[DictRow], page_entries: int) -> Increment:
+    set_local(connection, _SETTINGS)
     (known,) = connection.execute(
         "SELECT (SELECT coalesce(max(number), 0) FROM seals) AS newest, coalesce(("
         "SELECT max(through_seal) FROM audit_runs WHERE findings = 0), 0) AS vouched"
@@ -138,6 +144,7 @@ class _Reader:
     def read(self, after: UUID) -> _Page | None:
         """Read the page of the accounts behind `after`; None where there is none any more."""
         began = time.monotonic()
+        set_local(self._connection, _SETTINGS)
         last, entries = self._bounds(after)
         if last is None:
             self._connection.commit()

@@ -16,12 +16,21 @@ from psycopg.rows import DictRow, dict_row
 
 from proxy.audit.archives import archived_months
 from proxy.audit.findings import Finding
+from proxy.db import read_login, set_local
+from proxy.errors import ConfigurationError
 from proxy.seals import Seal
 
 # Of entries in a page, and of points.
 PAGE_ENTRIES = 50_000
 _PAGE_POINTS = 2_000
 _MARK = 4
+# A page's points lead to its entries, and these to their usage: by key, at every size.
+_UNUSED = ("seqscan", "bitmapscan", "hashjoin", "mergejoin", "material", "memoize")
+_SETTINGS = {
+    "statement_timeout": "0",
+    "jit": "off",
+    **{f"enable_{what}": "off" for what in _UNUSED},
+}
 _NIL = UUID(int=0)
 
 _ROOTS: LiteralString = """
@@ -148,23 +157,27 @@ def check_seals(
         url, connect_timeout=10, application_name="tallygate audit", row_factory=dict_row
     ) as connection:
         connection.autocommit = True
-        connection.execute("SET search_path = tallygate, pg_temp")
-        connection.execute("SET jit = off")
-        # A page's points lead to its entries, and these to their usage: by key, at every size.
-        for what in ("seqscan", "bitmapscan", "hashjoin", "mergejoin", "material", "memoize"):
-            connection.execute("SELECT set_config('enable_' || %s, 'off', false)", (what,))
+        connection.prepare_threshold = None  # a pooler may stand in between
+        if archives is not None and read_login(connection).is_pooled:
+            msg = "archives need a session of their own: check them past the connection pooler"
+            raise ConfigurationError(msg)
+        # Archives stand before the tables that they belong to.
+        path = "tallygate, pg_temp" if archives is None else "pg_temp, tallygate"
         attached = (
             nullcontext(enter_result=False)
             if archives is None
             else archived_months(connection, archives)
         )
         with attached as is_archived:
-            return _Check(connection, is_archived=is_archived).run(kept)
+            return _Check(connection, path, is_archived=is_archived).run(kept)
 
 
 class _Check:
-    def __init__(self, connection: psycopg.Connection[DictRow], *, is_archived: bool) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[DictRow], path: str, *, is_archived: bool
+    ) -> None:
         self._connection = connection
+        self._settings = {**_SETTINGS, "search_path": path}
         # Whether the rows of every detached month are at hand.
         self._is_archived = is_archived
         self._sealed = Sealed()
@@ -190,7 +203,9 @@ class _Check:
         return self._sealed
 
     def _rows(self, query: LiteralString, **parameters: object) -> list[DictRow]:
-        return self._connection.execute(query, parameters).fetchall()
+        with self._connection.transaction():
+            set_local(self._connection, self._settings)
+            return self._connection.execute(query, parameters).fetchall()
 
     def _check_root(self, row: DictRow) -> None:
         self._chain.checked += 1

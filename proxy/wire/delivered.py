@@ -9,7 +9,7 @@ from proxy.wire.fields import UNREADABLE, Fields, is_null, value_of
 
 # Events that were passed on but not read. They are read only where somebody asks, or when this
 # much has come together: relaying stays cheap, and memory bounded.
-_MAX_UNREAD_BYTES = 262_144
+_MAX_UNREAD_BYTES = 65_536
 
 # What every chunk has; any other member is something that a client may wait for.
 _ENVELOPE = frozenset(

@@ -10,10 +10,12 @@ MODEL_INFO = {
     "mode": "chat",
     "input_cost_per_token": 2.5e-06,
     "output_cost_per_token": 1e-05,
-    "max_input_tokens": 8192,
+    "max_input_tokens": 1_000_000,
     "max_output_tokens": 1024,
 }
 TEXT = "An answer as long as this one is, so that there is something to carry, and not much of it."
+# With what a prompt has that JSON must escape.
+_LINE = 'Say "something" to the people who read these figures, and be brief about it, please.\n'
 
 _USAGE = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
 _HEAD = {"id": "chatcmpl-8b13d260", "created": 1_700_000_000, "model": MODEL}
@@ -23,10 +25,15 @@ def _compact(document: object) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def request_body(*, stream: bool = False) -> bytes:
-    """Return a short prompt, as an SDK sends it."""
-    message = "Say something to the people who read these figures, and be brief about it, please."
-    body: dict[str, object] = {"model": MODEL, "messages": [{"role": "user", "content": message}]}
+def request_body(*, stream: bool = False, size: int = 300) -> bytes:
+    """Return a prompt of about so many bytes, as an SDK sends it."""
+    lines = -(-size // len(_LINE))
+    text = (_LINE * lines)[: max(1, size - 100)]
+    messages = [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": text},
+    ]
+    body: dict[str, object] = {"model": MODEL, "messages": messages}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return _compact(body)

@@ -1,64 +1,17 @@
-"""One measurement: wrk against one contender, and what the machine did meanwhile."""
-
-import json
-import os
-import shutil
-import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+"""One measurement: a load on one contender, and what the machine did meanwhile."""
 
 import httpx
 
 from tests.bench import canned
 from tests.bench.contenders import Contender, Stage
+from tests.bench.names import PROMPT_BYTES, SMALL
 from tests.bench.processes import BenchError
+from tests.bench.results import Flood, Streams, WholeAnswers
 from tests.bench.spending import spending
+from tests.bench.wrk import wrk
 
-_HERE = Path(__file__).parent
-# In the middle of a burst a slow one needs seconds for an answer; that is a figure, no failure.
-_TIMEOUT_S = 30
-# Streams begin spread over this time.
-SPREAD_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WholeAnswers:
-    """Requests one after another on each of so many connections."""
-
-    contender: str
-    round: int
-    connections: int
-    requests: int
-    failures: int
-    requests_per_s: float
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    proxy_us: float
-    postgres_us: float
-    batches: dict[str, float] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Streams:
-    """So many streams at once, each as long as its source makes it."""
-
-    contender: str
-    round: int
-    streams: int
-    whole: int
-    events: int
-    mean_s: float
-    p50_s: float
-    p99_s: float
-    max_s: float
-    proxy_us_per_event: float
-    postgres_us_per_stream: float
-    # Of one core, while the streams ran.
-    proxy_share: float
-    batches: dict[str, float] | None
+# So many streams begin in a second, as those of real customers do not all begin at once.
+_BEGIN_PER_S = 250
 
 
 def check(contender: Contender, *, stream: bool) -> None:
@@ -72,20 +25,30 @@ def check(contender: Contender, *, stream: bool) -> None:
 
 
 def whole_answers(
-    stage: Stage, contender: Contender, *, connections: int, seconds: int, number: int
+    stage: Stage,
+    contender: Contender,
+    *,
+    connections: int,
+    seconds: int,
+    number: int,
+    body: str = SMALL,
 ) -> WholeAnswers:
     """Measure requests that are answered whole."""
     with spending(stage, contender) as spent:
-        told = _wrk(
+        told = wrk(
+            stage,
             "load.lua",
             contender,
+            body=canned.request_body(size=PROMPT_BYTES[body]),
             connections=connections,
             seconds=seconds,
-            environ={"BENCH_BODY": canned.request_body().decode()},
         )
     requests = max(1, told["requests"])
+    if contender.uses_ledger:
+        stage.answered += told["requests"] - told["failures"]
     return WholeAnswers(
         contender=contender.name,
+        body=body,
         round=number,
         connections=connections,
         requests=told["requests"],
@@ -95,9 +58,17 @@ def whole_answers(
         p90_ms=told["p90"] / 1e3,
         p99_ms=told["p99"] / 1e3,
         proxy_us=spent.proxy_s / requests * 1e6,
-        postgres_us=spent.postgres_s / requests * 1e6,
+        busiest_us=spent.busiest_s / requests * 1e6,
+        peak_mb=spent.peak_mb,
+        postgres_us=None if spent.postgres_s is None else spent.postgres_s / requests * 1e6,
         batches=spent.batches,
     )
+
+
+def set_pace(source: Contender, events_per_s: int, events: int) -> None:
+    """Say how the streams of the source are from now on; 0 events a second: a flood."""
+    url = f"{source.url}/pace/{events_per_s}/{events}"
+    httpx.get(url, timeout=10, trust_env=False).raise_for_status()
 
 
 def streams(
@@ -106,67 +77,72 @@ def streams(
     *,
     count: int,
     events_per_s: int,
-    seconds: float,
+    seconds: int,
     number: int,
 ) -> Streams:
     """Measure streams that run at the same time."""
+    events = events_per_s * seconds
+    spread_s = max(1.0, count / _BEGIN_PER_S)
+    set_pace(stage.streamed[0], events_per_s, events)
     with spending(stage, contender) as spent:
-        told = _wrk(
+        told = wrk(
+            stage,
             "streams.lua",
             contender,
+            body=canned.request_body(stream=True),
             connections=count,
-            # wrk stays for as long as it is told: half as long again as the streams should last.
-            seconds=round(SPREAD_S + seconds * 1.5 + 2),
+            # Ended when all streams have; where a proxy is overwhelmed they take much longer.
+            seconds=round(spread_s + seconds * 5 + 10),
             environ={
-                "BENCH_BODY": canned.request_body(stream=True).decode(),
                 "BENCH_STREAMS": str(count),
-                "BENCH_SPREAD_MS": str(round(SPREAD_S * 1000)),
+                "BENCH_SPREAD_MS": str(round(spread_s * 1000)),
             },
         )
-    events = count * round(events_per_s * seconds)
+    if contender.uses_ledger:
+        stage.answered += told["whole"]
     return Streams(
         contender=contender.name,
         round=number,
         streams=count,
+        events_per_s=events_per_s,
+        seconds=seconds,
         whole=told["whole"],
-        events=events,
+        events=count * events,
         mean_s=told["mean"] / 1e6,
         p50_s=told["p50"] / 1e6,
         p99_s=told["p99"] / 1e6,
         max_s=told["max"] / 1e6,
-        proxy_us_per_event=spent.proxy_s / events * 1e6,
-        postgres_us_per_stream=spent.postgres_s / count * 1e6,
-        proxy_share=spent.proxy_s / (seconds + SPREAD_S),
+        proxy_s=spent.proxy_s,
+        peak_mb=spent.peak_mb,
+        postgres_us_per_stream=(
+            None if spent.postgres_s is None else spent.postgres_s / count * 1e6
+        ),
         batches=spent.batches,
     )
 
 
-def _wrk(
-    script: str,
-    contender: Contender,
-    *,
-    connections: int,
-    seconds: int,
-    environ: Mapping[str, str],
-) -> dict[str, Any]:
-    """Run wrk and return the JSON that its script prints last."""
-    headers = {"Content-Type": "application/json", **contender.headers}
-    finished = subprocess.run(
-        [
-            shutil.which("wrk") or "wrk", "--threads", "1", "--connections", str(connections),
-            "--duration", f"{seconds}s", "--timeout", f"{_TIMEOUT_S}s",
-            "--script", str(_HERE / script), f"{contender.url}/v1/chat/completions",
-        ],
-        env={
-            **os.environ,
-            **environ,
-            "BENCH_HEADERS": "\n".join(f"{name}: {text}" for name, text in headers.items()),
-        },
-        check=False,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    try:
-        return json.loads(finished.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        raise BenchError(f"wrk failed: {finished.stdout}{finished.stderr}") from None
+def flood(stage: Stage, contender: Contender, *, count: int, events: int, number: int) -> Flood:
+    """Measure streams that come as fast as they are taken."""
+    set_pace(stage.streamed[0], 0, events)
+    with spending(stage, contender) as spent:
+        told = wrk(
+            stage,
+            "streams.lua",
+            contender,
+            body=canned.request_body(stream=True),
+            connections=count,
+            seconds=60,
+            environ={"BENCH_STREAMS": str(count), "BENCH_SPREAD_MS": "0"},
+        )
+    if contender.uses_ledger:
+        stage.answered += told["whole"]
+    return Flood(
+        contender=contender.name,
+        round=number,
+        streams=count,
+        whole=told["whole"],
+        events=count * events,
+        longest_s=told["max"] / 1e6,
+        proxy_us_per_event=spent.proxy_s / (count * events) * 1e6,
+        peak_mb=spent.peak_mb,
+    )

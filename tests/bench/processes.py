@@ -64,14 +64,45 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def cpu_seconds(pid: int) -> float:
     """Return what a process and its descendants, ended ones included, have used so far."""
-    ticks = 0
+    return sum(cpu_by_process(pid).values())
+
+
+def cpu_by_process(pid: int) -> dict[int, float]:
+    """Return what a process and each of its descendants have used so far, in seconds."""
+    used: dict[int, float] = {}
     for one in (pid, *_descendants(pid)):
         with suppress(FileNotFoundError, ProcessLookupError):
             # The name, in brackets, may hold blanks: count from its end.
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
             # User and system time, its own and that of the children it has waited for.
-            ticks += sum(int(field) for field in fields[11:15])
-    return ticks / _TICKS_PER_S
+            used[one] = sum(int(field) for field in fields[11:15]) / _TICKS_PER_S
+    return used
+
+
+def forget_peak(pid: int) -> None:
+    """Begin to measure the most memory of a process and its descendants anew."""
+    for one in (pid, *_descendants(pid)):
+        # nginx's worker is somebody else's, where its master is root's.
+        with suppress(OSError):
+            Path(f"/proc/{one}/clear_refs").write_text("5")
+
+
+def peak_mb(pid: int) -> float:
+    """Return the most memory that a process and its descendants had since then, in megabytes."""
+    return sum(_memory_mb(one, "VmHWM") for one in (pid, *_descendants(pid)))
+
+
+def resident_mb(pid: int) -> float:
+    """Return the memory that one process has now, in megabytes."""
+    return _memory_mb(pid, "VmRSS")
+
+
+def _memory_mb(pid: int, name: str) -> float:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024 / 1e6
+    return 0.0
 
 
 def _descendants(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a measurement used: processor time of proxy and PostgreSQL, and calls of the ledger."""
+"""What a measurement used: processor time and memory of the proxy, PostgreSQL's, ledger calls."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,7 +9,13 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.bench.contenders import Contender, Stage
-from tests.bench.processes import BenchError, cpu_seconds
+from tests.bench.processes import (
+    BenchError,
+    cpu_by_process,
+    cpu_seconds,
+    forget_peak,
+    peak_mb,
+)
 
 
 @dataclass
@@ -17,7 +23,10 @@ class Spent:
     """What was used between two moments."""
 
     proxy_s: float = 0
-    postgres_s: float = 0
+    # By the process that used most.
+    busiest_s: float = 0
+    peak_mb: float = 0
+    postgres_s: float | None = None
     # Call of the ledger -> mean number of requests in it.
     batches: dict[str, float] | None = None
 
@@ -27,9 +36,12 @@ def spending(stage: Stage, contender: Contender) -> Generator[Spent]:
     """Fill in, at its end, what the time inside the context took."""
     spent = Spent()
     before = _Counters.of(stage, contender)
+    forget_peak(contender.pid)
     yield spent
+    spent.peak_mb = peak_mb(contender.pid)
     after = _Counters.of(stage, contender)
-    spent.proxy_s = after.proxy_s - before.proxy_s
+    used = {pid: cpu - before.cpu.get(pid, 0) for pid, cpu in after.cpu.items()}
+    spent.proxy_s, spent.busiest_s = sum(used.values()), max(used.values())
     if contender.uses_ledger:
         spent.postgres_s = after.postgres_s - before.postgres_s
         spent.batches = {
@@ -41,7 +53,7 @@ def spending(stage: Stage, contender: Contender) -> Generator[Spent]:
 
 @dataclass(frozen=True)
 class _Counters:
-    proxy_s: float
+    cpu: dict[int, float]
     postgres_s: float
     items: dict[str, float]
     calls: dict[str, float]
@@ -60,4 +72,5 @@ class _Counters:
                         items[sample.labels["call"]] = sample.value
                     elif sample.name == "tallygate_batch_size_count":
                         calls[sample.labels["call"]] = sample.value
-        return cls(cpu_seconds(contender.pid), cpu_seconds(stage.postgres_pid()), items, calls)
+        cpu = cpu_by_process(contender.pid)
+        return cls(cpu, cpu_seconds(stage.postgres_pid()), items, calls)

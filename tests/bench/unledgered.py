@@ -4,8 +4,11 @@
 pricing are the service's own, so that the difference between the two is what PostgreSQL costs.
 """
 
+import atexit
 import gc
+import shutil
 import sys
+import tempfile
 from typing import Any
 
 import msgspec
@@ -77,9 +80,16 @@ class Unledgered:
 
 async def relay_without_ledger(upstream_url: str, control: object = None) -> Relay:
     """Return the service's relay; `control` stands in for LiteLLM's control endpoints."""
+    # It holds the catalog's copy and an empty spool, for as long as the process lives.
+    directory = tempfile.mkdtemp(prefix="tallygate-unledgered-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     parts = assemble(
         load_settings(
-            {}, database_url="postgresql://nowhere", litellm_url=upstream_url, litellm_key="none"
+            {},
+            database_url="postgresql://nowhere",
+            litellm_url=upstream_url,
+            litellm_key="none",
+            data_dir=directory,
         )
     )
     services = parts.services
@@ -92,7 +102,8 @@ async def relay_without_ledger(upstream_url: str, control: object = None) -> Rel
     admission: Any = relay._admission  # noqa: SLF001
     principals: Any = services.principals
     nobody = _NoLedger()
-    relay._settler = admission._settler = admission._ledger = nobody  # noqa: SLF001
+    relay._settler = relay._streams._settler = nobody  # noqa: SLF001
+    admission._settler = admission._ledger = nobody  # noqa: SLF001
     admission._planner._price_books = principals._accounts = nobody  # noqa: SLF001
     return services.relay
 

@@ -95,7 +95,7 @@ class Campaign:
                     yield f"{time.monotonic() - started:5.1f} s  {outcome.fault.name}"
                     outcome.fault.inject(stage, self._random)
                     stage.wait_up()
-                    _wait_answers(journal, _BRIEF_ANSWERS)
+                    wait_answers(journal, _BRIEF_ANSWERS)
             stage.wait_settled()
             verdict = self._judge.judge([journal])
         except ChaosError as error:
@@ -138,15 +138,15 @@ class Campaign:
     def _round(self, number: int, fault: Fault) -> Verdict:
         stage = self._stage
         with self._load(str(number)) as journal:
-            _wait_answers(journal, _ANSWERS)
+            wait_answers(journal, _ANSWERS)
             fault.inject(stage, self._random)
             stage.wait_up()
-            _wait_answers(journal, _ANSWERS)
+            wait_answers(journal, _ANSWERS)
         stage.wait_settled()
         return self._judge.judge([journal])
 
 
-def _wait_answers(journal: Path, count: int) -> None:
+def wait_answers(journal: Path, count: int) -> None:
     """Wait until so many more answers came."""
     reader = Reader(journal)
     for _ in reader:

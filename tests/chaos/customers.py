@@ -39,8 +39,6 @@ _KINDS: dict[Kind, int] = {
     "aborted": 10,
     "failing": 12,
 }
-# How many of the customers begin with a stream that outlives its hold's time.
-_LONG = 0.15
 # How often a keyed request comes again until it is answered.
 _TRIES = 40
 
@@ -58,6 +56,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     # How providers fail. The real LiteLLM takes a stream that was cut for a whole one.
     failures: list[Literal["error", "cut"]]
+    # How many of the customers begin with a stream that outlives its hold's time.
+    long: float = 0.15
 
 
 class Customer:
@@ -77,7 +77,7 @@ class Customer:
         """Go on until it is time to leave."""
         while not leaving.is_set():
             kind = self._random.choices(list(_KINDS), list(_KINDS.values()))[0]
-            if self._sent == 0 and self._random.random() < _LONG:
+            if self._sent == 0 and self._random.random() < self._order.long:
                 kind = "long"
             self._sent += 1
             script = self._script(kind)

@@ -126,7 +126,8 @@ def terminate_backends(stage: Stage, draw: random.Random) -> None:
 
 
 def kill_backend(stage: Stage, draw: random.Random) -> None:
-    os.kill(draw.choice(_backends(stage)), signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it may have gone by itself just then
+        os.kill(draw.choice(_backends(stage)), signal.SIGKILL)
     _wait_postgres(stage)
 
 
@@ -349,11 +350,7 @@ FAULTS = [
     Fault("worker killed", "`kill -9` of a worker", kill_worker),
     Fault("replica killed", "`kill -9` of a replica with its workers", kill_replica),
     Fault("both replicas killed", "`kill -9` of everything that serves", kill_both_replicas),
-    Fault(
-        "SIGTERM",
-        "a replica is stopped with SIGTERM under load, and started",
-        restart_replica,
-    ),
+    Fault("SIGTERM", "a replica is stopped with SIGTERM under load, and started", restart_replica),
     Fault(
         "replica frozen",
         "SIGSTOP of a replica until its holds have expired, then SIGCONT",
@@ -361,21 +358,13 @@ FAULTS = [
     ),
     Fault("LiteLLM killed", "`kill -9` of LiteLLM (stood in for)", kill_litellm),
     Fault("backends ended", "PostgreSQL ends all our connections, three times", terminate_backends),
-    Fault(
-        "backend killed",
-        "`kill -9` of a PostgreSQL backend: crash recovery",
-        kill_backend,
-    ),
+    Fault("backend killed", "`kill -9` of a PostgreSQL backend: crash recovery", kill_backend),
     Fault(
         "backends frozen",
         "SIGSTOP of half of the backends, locks and all, for 6 s",
         freeze_backends,
     ),
-    Fault(
-        "postmaster killed",
-        "`kill -9` of the postmaster, and its restart",
-        kill_postmaster,
-    ),
+    Fault("postmaster killed", "`kill -9` of the postmaster, and its restart", kill_postmaster),
     Fault("PostgreSQL away", "postmaster and backends killed, back after seconds", crash_postgres),
     Fault(
         "PostgreSQL away, replicas killed",
@@ -387,27 +376,15 @@ FAULTS = [
         "the same, and a replica is stopped with SIGTERM meanwhile",
         crash_postgres_and_restart_replica,
     ),
-    Fault(
-        "connections cut",
-        "connections to PostgreSQL are cut, eight times",
-        cut_connections,
-    ),
+    Fault("connections cut", "connections to PostgreSQL are cut, eight times", cut_connections),
     Fault(
         "commits unanswered",
         "connections are cut between a COMMIT and its answer, ten times",
         lose_commits,
     ),
-    Fault(
-        "answers delayed",
-        "PostgreSQL's answers take 0.1 to 0.8 s longer",
-        delay_answers,
-    ),
+    Fault("answers delayed", "PostgreSQL's answers take 0.1 to 0.8 s longer", delay_answers),
     Fault("silence", "a replica's connections to PostgreSQL go silent for 6 s", silence),
-    Fault(
-        "partition",
-        "a replica can't reach PostgreSQL until its holds have expired",
-        partition,
-    ),
+    Fault("partition", "a replica can't reach PostgreSQL until its holds have expired", partition),
     Fault(
         "partition, replica killed",
         "the same, `kill -9` of the replica, and its spool replayed after its holds expired",
@@ -425,11 +402,7 @@ FAULTS = [
         fill_disk_for_long,
         _no_mounts,
     ),
-    Fault(
-        "replica's clock",
-        "a replica's clock jumps by days, hours and seconds",
-        step_clock,
-    ),
+    Fault("replica's clock", "a replica's clock jumps by days, hours and seconds", step_clock),
     Fault(
         "PostgreSQL's clock",
         "PostgreSQL's clock jumps forth beyond every hold, and back (libfaketime)",

@@ -30,7 +30,7 @@ from tests.support.service import NO_TLS, ROOT, TALLYGATE, Service, free_port, p
 
 TTL_S = 5
 # Holds expire soon and without grace, so that the sweeper races whatever comes late.
-_SETTINGS = {
+SETTINGS = {
     "TALLYGATE_HOLDS__TTL_S": str(TTL_S),
     "TALLYGATE_HOLDS__HEARTBEAT_S": "1",
     "TALLYGATE_HOLDS__SWEEP_INTERVAL_S": "0.5",
@@ -40,7 +40,7 @@ _SETTINGS = {
     "TALLYGATE_LOG_LEVEL": "WARNING",
 }
 LITELLM_KEY = "sk-litellm"
-_CONFIG = 'credit_usd: "0.001"\nprice_book:\n  default: {kind: markup, factor: "2.0"}\n'
+CONFIG = 'credit_usd: "0.001"\nprice_book:\n  default: {kind: markup, factor: "2.0"}\n'
 _WAIT_S = 120
 _END_S = 30
 
@@ -94,6 +94,22 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+@contextmanager
+def crowd(home: Path, order: Order) -> Generator[Path]:
+    """Have customers call while the context lasts; yields their journal."""
+    journal, log = home / f"customers-{order.name}.jsonl", home / "customers.log"
+    command = [sys.executable, "-m", "tests.chaos.customers"]
+    process = Process([*command, msgspec.json.encode(order).decode(), journal], log)
+    try:
+        yield journal
+        if not process.is_running():
+            raise ChaosError(f"the customers died: see {log}")
+    finally:
+        code = process.end()
+    if code != 0:
+        raise ChaosError(f"the customers failed: see {log}")
 
 
 class StandIn:
@@ -196,11 +212,11 @@ class Replica:
             litellm_url=litellm_url,
             litellm_key=LITELLM_KEY,
             workers=2,
-            config=_CONFIG,
+            config=CONFIG,
         )
         self.service.environ = {
             **{n: t for n, t in self.service.environ.items() if not n.startswith("COVERAGE_")},
-            **_SETTINGS,
+            **SETTINGS,
             "CHAOS_CLOCK": str(self.clock),
             SUPERVISOR_VARIABLE: str(os.getpid()),
             "PYTHONPATH": os.pathsep.join(path),
@@ -343,7 +359,6 @@ class Stage:
         self, name: str, *, customers: int, pause_ms: float, urls: Sequence[str] = ()
     ) -> Generator[Path]:
         """Have customers call while the context lasts; yields their journal."""
-        journal = self.home / f"customers-{name}.jsonl"
         order = Order(
             urls=list(urls) or [replica.service.base_url for replica in self.replicas],
             # Most of the time by those who can pay.
@@ -354,19 +369,8 @@ class Stage:
             name=name,
             failures=["error"] if self._has_litellm else ["error", "cut"],
         )
-        command = [
-            *(sys.executable, "-m", "tests.chaos.customers"),
-            *(msgspec.json.encode(order).decode(), journal),
-        ]
-        process = Process(command, self.home / "customers.log")
-        try:
+        with crowd(self.home, order) as journal:
             yield journal
-            if not process.is_running():
-                raise ChaosError(f"the customers died: see {self.home / 'customers.log'}")
-        finally:
-            code = process.end()
-        if code != 0:
-            raise ChaosError(f"the customers failed: see {self.home / 'customers.log'}")
 
     def connect(self) -> psycopg.Connection[Any]:
         """A superuser's connection past the wires, in autocommit mode."""

@@ -1,5 +1,7 @@
 """`make mutation`: each guard is removed in turn, and the tests that are named for it must fail.
 
+At the end the judge of `make chaos` has to find out services that each have a guarantee less.
+
 Everything happens in copies of the tree, never in the tree itself. First the tests run on a copy
 that is whole, where they must pass: a test that always fails guards nothing.
 """
@@ -19,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.mutation.guards import GUARDS, Guard, Patch
+from tests.mutation.judge import Judgement, judge_each
 from tests.support.sections import write_section
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +76,11 @@ def main() -> int:
             verdicts = list(pool.map(_try, homes, guards))
     finally:
         shutil.rmtree(home)
+    judgements = [] if arguments.only else judge_each()
     if arguments.report is not None:
-        write_section(arguments.report, "mutation", _page(verdicts))
-    _print(verdicts)
-    return 1 if any(verdict.survived for verdict in verdicts) else 0
+        write_section(arguments.report, "mutation", _page(verdicts, judgements))
+    _print(verdicts, judgements)
+    return 1 if any(each.survived for each in (*verdicts, *judgements)) else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -140,25 +144,28 @@ def _run(tree: Path, tests: Sequence[str]) -> tuple[list[str], str, int]:
     return failed, done.stdout + done.stderr, done.returncode
 
 
-def _print(verdicts: Sequence[Verdict]) -> None:
+def _print(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> None:
     width = max(len(verdict.guard.name) for verdict in verdicts)
     print(f"\n{'guard removed':<{width}}  caught by")
     for verdict in verdicts:
         print(f"{verdict.guard.name:<{width}}  {', '.join(verdict.names) or 'NOBODY'}")
+    for judgement in judgements:
+        print(f"{judgement.sabotage:<{width}}  {judgement.said}")
     for verdict in verdicts:
         if verdict.problem is not None:
             print(f"\n{verdict.guard.name}: {verdict.problem}")
-    print(f"\n{_sentence(verdicts)}")
+    print(f"\n{_sentence(verdicts, judgements)}")
 
 
-def _sentence(verdicts: Sequence[Verdict]) -> str:
-    survived = sum(verdict.survived for verdict in verdicts)
-    return f"mutation: {len(verdicts)} guards removed, {survived} not noticed"
+def _sentence(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> str:
+    removed = len(verdicts) + len(judgements)
+    survived = sum(each.survived for each in (*verdicts, *judgements))
+    return f"mutation: {removed} guards removed, {survived} not noticed"
 
 
-def _page(verdicts: Sequence[Verdict]) -> str:
+def _page(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> str:
     lines = [
-        f"Run of {datetime.now(UTC):%Y-%m-%d}. **{_sentence(verdicts)}.**",
+        f"Run of {datetime.now(UTC):%Y-%m-%d}. **{_sentence(verdicts, judgements)}.**",
         "",
         "| guard removed | caught by |",
         "|---|---|",
@@ -166,6 +173,9 @@ def _page(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         names = ", ".join(f"`{name}`" for name in verdict.names)
         lines.append(f"| {verdict.guard.name} | {names or '**nobody**'} |")
+    for judgement in judgements:
+        found = "**nobody**" if judgement.survived else f"`make chaos`: {judgement.said}"
+        lines.append(f"| `{judgement.sabotage}`, by the fault *{judgement.fault}* | {found} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 SCHEMA = "schema.sql"
 AUTHORIZE = "tests/integration/test_authorize.py"
+HOLDS = "tests/integration/test_holds_and_time.py"
 IDEMPOTENCY = "tests/integration/test_idempotency.py"
 WITNESS = "tests/integration/test_witness_sql.py"
 SETTLE = "tests/integration/test_settle.py"
@@ -145,6 +146,22 @@ _LOCKS = [
         [
             f"{WITNESS}::test_notes_and_late_settlements_lock_rows_in_one_order[note_witness]",
         ],
+    ),
+    Guard(
+        "extend_holds waits for nobody",
+        [Patch(SCHEMA, "        FOR UPDATE OF h SKIP LOCKED\n", "        FOR UPDATE OF h\n")],
+        [f"{HOLDS}::test_heartbeat_waits_for_nobody_and_makes_up_for_it_the_next_time"],
+    ),
+    Guard(
+        "one sweeper works at a time",
+        [
+            Patch(
+                SCHEMA,
+                "IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.expire_holds')) THEN",
+                "IF false THEN",
+            )
+        ],
+        [f"{HOLDS}::test_sweeper_does_not_queue_up_behind_another"],
     ),
     Guard(
         "idempotency_begin locks the key before it decides",

@@ -23,12 +23,13 @@ QUICK = {"fsync": "off", "full_page_writes": "off"}
 VERSION = os.environ.get("TEST_POSTGRES_VERSION", MAJOR_VERSION)
 
 
-def make_server(directory: Path) -> EmbeddedPostgres:
-    """Make a server of the version that is tested on."""
+def make_server(directory: Path, **settings: str) -> EmbeddedPostgres:
+    """Make a server of the version that is tested on, with settings besides the usual ones."""
+    merged = {**QUICK, **settings}
     if VERSION == MAJOR_VERSION:
-        return EmbeddedPostgres(directory, settings=QUICK)
+        return EmbeddedPostgres(directory, settings=merged)
     binaries = Path(f"/usr/lib/postgresql/{VERSION}/bin")
-    return EmbeddedPostgres(directory, settings=QUICK, binaries=binaries, version=VERSION)
+    return EmbeddedPostgres(directory, settings=merged, binaries=binaries, version=VERSION)
 
 
 class Cluster:

@@ -17,6 +17,8 @@ def reasons_given() -> set[str]:
     found |= set(re.findall(r'"([a-z_]+)" if is_wrong', metering))
     for line in re.findall(r"incomplete = (.*)", relays):
         found |= set(re.findall(r'"([a-z_]+)"', line))
+    aside = (ROOT / "proxy" / "set_aside.py").read_text()
+    found |= set(re.findall(r'^REASON = "([a-z_]+)"', aside, re.MULTILINE))
     found |= set(re.findall(r"review_reason, '([a-z_]+)'\)", schema))
     found |= set(re.findall(r"WHEN p\.action = 'expire' THEN '([a-z_]+)'\n *WHEN p\.over", schema))
     return found

@@ -1,0 +1,34 @@
+"""The oldest PostgreSQL that is supported runs the ledger as the newest does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.service import ROOT
+
+_OLDEST = "15"
+# What decides about money. The rest runs there with TEST_POSTGRES_VERSION=15, by hand.
+_CORE = ("authorize", "settle", "holds_and_time", "idempotency", "migrations")
+
+
+@pytest.mark.timeout(300)
+def test_the_ledgers_tests_pass_on_the_oldest_postgresql() -> None:
+    if not Path(f"/usr/lib/postgresql/{_OLDEST}/bin/postgres").exists():
+        pytest.skip(f"Debian's package postgresql-{_OLDEST} is not installed")
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("COVERAGE_")}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(f"tests/integration/test_{name}.py" for name in _CORE),
+        ],
+        cwd=ROOT,
+        env={**environ, "TEST_POSTGRES_VERSION": _OLDEST},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
