@@ -69,6 +69,7 @@ lock: $(STAMP)
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml $(LOCK_FLAGS) \
 		--constraint requirements.lock --output-file requirements-proxy.lock
 	$(NPM) install --prefix $(CLIENTS) --package-lock-only --omit-lockfile-registry-resolved
+	$(NPM) install --prefix tests/bench/portkey --package-lock-only --omit-lockfile-registry-resolved
 
 LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header

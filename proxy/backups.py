@@ -5,9 +5,9 @@ which is no part of any of them, and at what shows after a restore whether the l
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
@@ -45,9 +45,15 @@ _ARCHIVER: LiteralString = """
         extract(EPOCH FROM now() - a.last_archived_time)::float8 AS archived_s,
         extract(EPOCH FROM now() - a.last_failed_time)::float8 AS failed_s,
         coalesce(a.last_failed_time > a.last_archived_time, a.failed_count > 0) AS is_failing,
-        -- Names of segments sort as the log runs; the timeline stands first.
-        coalesce(left(a.last_archived_wal, 24) < pg_walfile_name(pg_current_wal_insert_lsn()), true)
-        AS is_behind
+        -- Whether the segment before the one that is being written is not there. Names sort as the
+        -- log runs; the timeline stands first.
+        coalesce(
+            left(a.last_archived_wal, 24) < pg_walfile_name(
+                pg_current_wal_insert_lsn()
+                - (SELECT setting::numeric FROM pg_settings WHERE name = 'wal_segment_size')
+            ),
+            true
+        ) AS is_behind
     FROM pg_stat_archiver AS a
 """
 
@@ -71,9 +77,11 @@ _BASE_BACKUP: LiteralString = """
 _PROOF: LiteralString = """
     SELECT
         (SELECT max(number) FROM tallygate.seals) AS newest_seal,
-        (SELECT extract(EPOCH FROM now() - max(sealed_at))::float8 FROM tallygate.seals) AS sealed_s,
-        (SELECT extract(EPOCH FROM now() - max(at))::float8 FROM tallygate.audit_runs WHERE findings = 0)
-        AS clean_s,
+        extract(EPOCH FROM now() - (SELECT max(sealed_at) FROM tallygate.seals))::float8
+        AS sealed_s,
+        extract(EPOCH FROM now() - (
+            SELECT max(at) FROM tallygate.audit_runs WHERE findings = 0
+        ))::float8 AS clean_s,
         (SELECT findings FROM tallygate.audit_runs ORDER BY run_id DESC LIMIT 1) AS findings
 """
 
@@ -96,18 +104,26 @@ def check_backup(url: str, data_dir: Path, kept: Sequence[Seal] | None) -> list[
         remedy = "start it, or put its address into TALLYGATE_DATABASE_URL"
         return [Check("postgresql", "fail", str(error).strip(), remedy), *spooled]
     with connection:
-        (server,) = connection.execute(_SERVER).fetchall()
-        if server["is_standby"]:
-            remedy = "ask the primary: what it archives and who follows it is known there"
-            return [Check("postgresql", "warn", "this is a standby", remedy), *spooled]
-        return [
-            *_copies(connection, server),
-            *_slots(connection),
-            _base_backup(connection, server),
-            _checksums(server),
-            *spooled,
-            *_proofs(connection, kept),
-        ]
+        try:
+            return [*_database(connection, kept), *spooled]
+        except psycopg.Error as error:
+            remedy = "give the login of TALLYGATE_DATABASE_URL the role tallygate_app"
+            return [Check("postgresql", "fail", str(error).strip(), remedy), *spooled]
+
+
+def _database(
+    connection: psycopg.Connection[DictRow], kept: Sequence[Seal] | None
+) -> Iterator[Check]:
+    (server,) = connection.execute(_SERVER).fetchall()
+    if server["is_standby"]:
+        remedy = "ask the primary: what it archives and who follows it is known there"
+        yield Check("postgresql", "warn", "this is a standby", remedy)
+        return
+    yield from _copies(connection, server)
+    yield from _slots(connection)
+    yield _base_backup(connection, server)
+    yield _checksums(server)
+    yield from _proofs(connection, kept)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -147,27 +163,7 @@ def _copies(connection: psycopg.Connection[DictRow], server: DictRow) -> Iterato
 
 def _archiver(connection: psycopg.Connection[DictRow], server: DictRow) -> Iterator[Check]:
     (row,) = connection.execute(_ARCHIVER).fetchall()
-    age_s = row["archived_s"]
-    found = (
-        "nothing was archived yet"
-        if age_s is None
-        else f"{row['last_archived_wal']}, {_ago(age_s)}"
-    )
-    if row["failed_count"]:
-        found += f"; failed {row['failed_count']} times, last {_ago(row['failed_s'])}"
-    is_late = row["is_behind"] and (age_s is None or age_s > ARCHIVE_LATE_S)
-    if row["is_failing"]:
-        remedy = (
-            f"archive_command fails for {row['last_failed_wal']}: PostgreSQL's log says why. Until"
-            " then pg_wal grows, and what is written is on this machine alone"
-        )
-    elif age_s is None:
-        remedy = "SELECT pg_switch_wal(), and look again: it should be there within seconds"
-    else:
-        remedy = "nothing fails, and nothing comes through: look at archive_command and its target"
-    is_stuck = is_late and server["archive_timeout_s"] > 0
-    bad = "fail" if row["is_failing"] else "warn" if is_stuck or age_s is None else None
-    yield Check.of("last_archived", found, remedy=remedy, bad=bad)
+    yield last_archived(row)
     timeout_s = server["archive_timeout_s"]
     yield Check.of(
         "archive_timeout",
@@ -176,6 +172,23 @@ def _archiver(connection: psycopg.Connection[DictRow], server: DictRow) -> Itera
         " archived when it is full, and so much is lost with this machine",
         bad=None if 0 < timeout_s <= ARCHIVE_TIMEOUT_S else "warn",
     )
+
+
+def last_archived(row: Mapping[str, Any]) -> Check:
+    """Judge what PostgreSQL says of its archiver; ages in seconds, None where there was nothing."""
+    age_s: float | None = row["archived_s"]
+    found = "nothing yet" if age_s is None else f"{row['last_archived_wal']}, {_ago(age_s)}"
+    if row["failed_count"]:
+        found += f"; failed {row['failed_count']} times, last {_ago(row['failed_s'])}"
+    if row["is_failing"]:
+        remedy = (
+            f"archive_command fails for {row['last_failed_wal']}: PostgreSQL's log says why. Until"
+            " it is mended pg_wal grows, and what is written is on this machine alone"
+        )
+        return Check("last_archived", "fail", found, remedy)
+    is_late = row["is_behind"] and (age_s is None or age_s > ARCHIVE_LATE_S)
+    remedy = "SELECT pg_switch_wal(), and look again; if nothing came, at archive_command's target"
+    return Check.of("last_archived", found, remedy=remedy, bad="warn" if is_late else None)
 
 
 def _standbys(standbys: Sequence[DictRow], server: DictRow, *, is_archived: bool) -> Check:

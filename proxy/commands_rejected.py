@@ -37,17 +37,19 @@ def add_rejected(
             from proxy.set_aside import read_aside
             from proxy.spool import Spool
 
-            spool = Spool(settings.data_dir / "spool")
+            directory = settings.data_dir / "spool"
+            # Looking must not make it: it would belong to whoever looks.
+            spool = Spool(directory) if directory.is_dir() else None
             wanted: Sequence[UUID] = getattr(arguments, "request_id", ())
             asides = [
                 aside
-                for aside in read_aside(spool)
+                for aside in ([] if spool is None else read_aside(spool))
                 if not wanted or aside.settlement.request_id in wanted
             ]
             missing = set(wanted) - {aside.settlement.request_id for aside in asides}
             if missing:
                 return complain(f"no settlement of {missing.pop()} was set aside", 1)
-            rows, code = act(arguments, settings, spool, asides)
+            rows, code = ([], 0) if spool is None else act(arguments, settings, spool, asides)
             document = {"data": rows}
             show(arguments, document, lines(document))
             return code

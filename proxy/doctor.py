@@ -19,7 +19,7 @@ from pricing.errors import PricingError
 from pricing.price_book import parse_price_book
 from proxy.catalog import read_models
 from proxy.control import CONTROL_ERRORS, LiteLLMControl, describe
-from proxy.db import SCHEMA_VERSION, schema_version
+from proxy.db import SCHEMA_VERSION, Login, read_login, schema_version
 from proxy.spool import Spool
 
 Status = Literal["ok", "warn", "fail"]
@@ -78,6 +78,9 @@ def check_database(url: str, expected: LedgerExpectations) -> list[Check]:
         try:
             checks = [*_server(connection), _schema(connection)]
             if checks[-1].status == "ok":
+                checks.append(_pooler(read_login(connection)))
+            if checks[-1].status == "ok":
+                # What a pooler lets through has this path, and so nothing is changed there.
                 connection.execute("SET search_path = tallygate, pg_temp")
                 checks += [
                     _roles(connection),
@@ -126,6 +129,16 @@ def _server(connection: psycopg.Connection[Any]) -> Iterator[Check]:
         f"the database's is {abs(difference_s):.3f} s {'ahead' if difference_s > 0 else 'behind'}",
         remedy="run NTP on both machines: ids and partitions follow this one, holds the database's",
         bad="fail" if abs(difference_s) >= MAX_CLOCK_DIFFERENCE_S else None,
+    )
+
+
+def _pooler(login: Login) -> Check:
+    refusal = login.refusal()
+    return Check.of(
+        "pooler",
+        "in between" if login.is_pooled else "none",
+        remedy=refusal or "",
+        bad="fail" if refusal else None,
     )
 
 

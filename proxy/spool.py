@@ -153,6 +153,10 @@ class Spool:
             path = self._directory / _REJECTED
             fresh = path.with_suffix(".new")
             fresh.write_bytes(b"".join(line + b"\n" for line in lines))
+            # The service must be able to go on with it, whoever this is.
+            owner = os.fstat(file.fileno())
+            os.chown(fresh, owner.st_uid, owner.st_gid)
+            fresh.chmod(owner.st_mode & 0o777)
             with fresh.open("rb") as written:
                 os.fsync(written.fileno())
             fresh.rename(path)

@@ -175,7 +175,7 @@ class EmbeddedPostgres:
         # The provider that depends on no library of the machine's came with 17.
         provider = ["--locale-provider=builtin"] if int(self._version) >= _BUILTIN_LOCALES else []
         done = self._run(
-            "initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8",
+            "initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--data-checksums",
             *provider, "--locale=C.UTF-8", "-D", str(fresh),
         )  # fmt: skip
         if done.returncode != 0:

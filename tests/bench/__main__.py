@@ -1,25 +1,29 @@
 """`make bench`: everybody side by side in one run; prints tables and writes docs/benchmarks.*."""
 
 import argparse
-import json
+import resource
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from proxy.errors import ConfigurationError
-from tests.bench import canned, measure, report
+from tests.bench import report, results
 from tests.bench.contenders import Stage, stage
-from tests.bench.figures import Figures
-from tests.bench.ledger import ledger_facts
+from tests.bench.groups import QUICK, THOROUGH, Plan, rounds_and_seconds, run
+from tests.bench.ledger import booked, broken
 from tests.bench.machine import Quietness, machine, versions
+from tests.bench.names import GROUPS
 from tests.bench.processes import BenchError
+from tests.bench.results import Booked, Measured, Results
+from tests.bench.services import allow_settling
+from tests.bench.targets import targets
 from tests.support.service import ROOT
 
 TOOLS = ("wrk", "nginx")
@@ -28,6 +32,9 @@ TOOLS = ("wrk", "nginx")
 def main() -> int:
     """Run it; 2 where it can't be run."""
     arguments = _arguments()
+    if arguments.page:
+        _write(results.load(arguments.output / "benchmarks.json"), arguments.output)
+        return 0
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         print(f"{' and '.join(missing)} not found: apt-get install wrk nginx-light")
@@ -37,6 +44,9 @@ def main() -> int:
         return 2
     # So that whatever ends us lets the children be ended too.
     signal.signal(signal.SIGTERM, _leave)
+    # A thousand streams are two thousand sockets of the proxy.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         _bench(arguments)
     except KeyboardInterrupt:
@@ -54,153 +64,102 @@ def _leave(_signal: int, _frame: object) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns for everybody")
-    parser.add_argument("--seconds", type=int, default=4, help="length of one run")
-    parser.add_argument("--connections", default="1,32,128", help="numbers to measure at")
-    parser.add_argument("--streams", type=int, default=200, help="streams at once")
-    parser.add_argument("--events-per-s", type=int, default=50, help="of one stream")
-    parser.add_argument("--stream-seconds", type=int, default=5, help="length of one stream")
+    parser.add_argument("--only", help=f"groups to repeat, of {','.join(GROUPS)}")
+    parser.add_argument("--rounds", type=int, default=THOROUGH.rounds, help="turns for everybody")
+    parser.add_argument("--seconds", type=int, default=THOROUGH.seconds, help="length of one run")
+    parser.add_argument(
+        "--body-seconds", type=int, default=THOROUGH.body_seconds, help="with other prompts"
+    )
+    parser.add_argument("--connections", default="1,32,128,256", help="numbers to measure at")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="where to write")
+    parser.add_argument(
+        "--page", action="store_true", help="measure nothing, make the page anew from the JSON"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
         help="one short round, printed and not written: does it work?",
     )
     arguments = parser.parse_args()
-    arguments.connections = [int(number) for number in arguments.connections.split(",")]
-    if arguments.quick:
-        arguments.rounds, arguments.seconds, arguments.stream_seconds = 1, 1, 2
+    arguments.groups = GROUPS if arguments.only is None else tuple(arguments.only.split(","))
+    if unknown := set(arguments.groups) - set(GROUPS):
+        parser.error(f"no group {', '.join(sorted(unknown))}: there are {', '.join(GROUPS)}")
     return arguments
 
 
+def _plan(arguments: argparse.Namespace) -> Plan:
+    if arguments.quick:
+        return QUICK
+    return replace(
+        THOROUGH,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        body_seconds=arguments.body_seconds,
+        connections=[int(number) for number in arguments.connections.split(",")],
+    )
+
+
 def _bench(arguments: argparse.Namespace) -> None:
+    plan, groups = _plan(arguments), arguments.groups
+    path = arguments.output / "benchmarks.json"
+    found = Results() if arguments.quick else results.load(path)
     began = time.monotonic()
-    quietness = Quietness()
-    print("Starting PostgreSQL, nginx, LiteLLM and Tallygate …", flush=True)
-    with stage(
-        events_per_s=arguments.events_per_s, stream_seconds=arguments.stream_seconds
-    ) as running:
-        warm = _warm_up(running)
-        figures = Figures(_whole(running, arguments), _streams(running, arguments))
-        answered = sum(
-            run.requests - run.failures
-            for run in (*warm, *figures.whole)
-            if run.batches is not None
-        ) + sum(run.whole for run in figures.streams if run.batches is not None)
-        ledger = ledger_facts(running.database_url, answered=answered)
-        told = {
-            "ledger": ledger,
-            "machine": {**machine(running.postgres.data_dir), **quietness.told()},
-            "versions": versions(running.database_url),
-        }
-    settings = {
-        "rounds": arguments.rounds,
-        "seconds": arguments.seconds,
-        "streams": arguments.streams,
-        "events_per_s": arguments.events_per_s,
-        "stream_seconds": arguments.stream_seconds,
-        "prompt_bytes": len(canned.request_body()),
-        "answer_bytes": len(canned.answer()),
-        "cores": told["machine"]["cores"],
-        "minutes": max(1, round((time.monotonic() - began) / 60)),
-    }
-    _print(figures, ledger)
+    print("Starting PostgreSQL, nginx and whoever takes part …", flush=True)
+    with stage(groups) as running:
+        told = machine(running.postgres.data_dir)
+        if found.measured and _hardware(found.machine) != _hardware(told):
+            # Figures of two machines side by side would be read as one's.
+            print("the figures that are there are of another machine: beginning anew")
+            found = Results()
+        found.machine, found.versions = told, versions(running.database_url)
+        _measure(running, plan, groups, found)
+    _print(found)
+    print(f"\nIt took {time.monotonic() - began:.0f} s.")
     if not arguments.quick:
-        text = report.page(figures, settings=settings, **told)
-        (arguments.output / "benchmarks.md").write_text(text)
-        raw = {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": settings,
-            **told,
-            "targets": [{**asdict(t), "is_met": t.is_met} for t in figures.targets()],
-            "whole_answers": [asdict(run) for run in figures.whole],
-            "streams": [asdict(run) for run in figures.streams],
-        }
-        text = json.dumps(_rounded(raw), indent=2) + "\n"
-        (arguments.output / "benchmarks.json").write_text(text)
-        print(f"\nWritten to {arguments.output}/benchmarks.md and benchmarks.json")
+        _write(found, arguments.output)
 
 
-def _rounded(value: object) -> object:
-    """Return a document without the digits that mean nothing."""
-    match value:
-        case float():
-            return round(value, 4)
-        case dict():
-            items = cast("dict[str, object]", value).items()
-            return {name: _rounded(member) for name, member in items}
-        case list():
-            return [_rounded(member) for member in cast("list[object]", value)]
-        case _:
-            return value
+def _measure(running: Stage, plan: Plan, groups: Sequence[str], found: Results) -> None:
+    urls = [running.database_url, running.spool_database_url]
+    before = Booked()
+    for group in groups:
+        started, quietness = time.monotonic(), Quietness()
+        run(group, running, plan, found)
+        # What the spool holds can be settled now, and is; then nothing goes there any more.
+        allow_settling(running.spool_database_url, is_allowed=True)
+        now = booked(urls, answered=running.answered)
+        rounds, seconds = rounds_and_seconds(group, plan)
+        found.measured[group] = Measured(
+            at=datetime.now(UTC).isoformat(timespec="minutes"),
+            rounds=rounds,
+            seconds=seconds,
+            took_s=time.monotonic() - started,
+            load=quietness.load,
+            stolen_percent=quietness.stolen_percent(),
+            booked=now - before,
+        )
+        before = now
+    print("Auditing the ledger …", flush=True)
+    last = found.measured[groups[-1]]
+    audited = replace(last.booked, broken=broken(urls))
+    found.measured[groups[-1]] = replace(last, booked=audited)
 
 
-def _warm_up(running: Stage) -> list[measure.WholeAnswers]:
-    """Open connections and fill caches; what comes out counts for the ledger alone."""
-    for contender in running.whole:
-        measure.check(contender, stream=False)
-    for contender in running.streamed:
-        measure.check(contender, stream=True)
-    return [
-        measure.whole_answers(running, contender, connections=32, seconds=1, number=0)
-        for contender in running.whole
-    ]
+def _hardware(told: dict[str, str]) -> list[str | None]:
+    return [told.get(name) for name in ("processor", "cores", "memory")]
 
 
-def _whole(running: Stage, arguments: argparse.Namespace) -> list[measure.WholeAnswers]:
-    measured: list[measure.WholeAnswers] = []
-    for connections in arguments.connections:
-        for number in range(arguments.rounds):
-            # Alternating, so that nobody always comes after the same neighbour.
-            for contender in running.whole[:: 1 if number % 2 == 0 else -1]:
-                run = measure.whole_answers(
-                    running,
-                    contender,
-                    connections=connections,
-                    seconds=arguments.seconds,
-                    number=number,
-                )
-                measured.append(run)
-                _progress(
-                    number, arguments.rounds, f"{connections:>4} connections", contender.name,
-                    f"{run.requests_per_s:>8,.0f}/s  p50 {run.p50_ms:.2f} ms",
-                )  # fmt: skip
-    return measured
+def _write(found: Results, output: Path) -> None:
+    # In the order of the groups, whichever was repeated last.
+    found.measured = {name: found.measured[name] for name in GROUPS if name in found.measured}
+    (output / "benchmarks.md").write_text(report.page(found))
+    promised = [{**asdict(target), "is_met": target.is_met} for target in targets(found)]
+    results.save(found, output / "benchmarks.json", targets=promised)
+    print(f"Written to {output}/benchmarks.md and benchmarks.json")
 
 
-def _streams(running: Stage, arguments: argparse.Namespace) -> list[measure.Streams]:
-    measured: list[measure.Streams] = []
-    for number in range(arguments.rounds):
-        for contender in running.streamed[:: 1 if number % 2 == 0 else -1]:
-            run = measure.streams(
-                running,
-                contender,
-                count=arguments.streams,
-                events_per_s=arguments.events_per_s,
-                seconds=arguments.stream_seconds,
-                number=number,
-            )
-            measured.append(run)
-            _progress(
-                number, arguments.rounds, f"{arguments.streams:>4} streams", contender.name,
-                f"mean {run.mean_s:.3f} s  whole {run.whole}",
-            )  # fmt: skip
-    return measured
-
-
-def _progress(number: int, rounds: int, what: str, name: str, figures: str) -> None:
-    print(f"round {number + 1}/{rounds}  {what:<16}  {name:<8}  {figures}", flush=True)
-
-
-def _print(figures: Figures, ledger: dict[str, str]) -> None:
-    tables = [
-        report.targets(figures),
-        *(report.whole_answers(figures, count) for count in figures.connections()),
-        report.added(figures),
-        report.streams(figures),
-        report.facts(ledger),
-    ]
-    print("\n" + "\n\n".join(tables))
+def _print(found: Results) -> None:
+    print("\n" + "\n\n".join(report.tables(found).values()))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,14 @@
 
 import os
 import sys
-import tempfile
 from collections.abc import Collection, Generator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import rmtree
 
-import httpx
-import psycopg
-
-from proxy.db import migrate
 from proxy.embedded.litellm import LiteLLMChild
 from proxy.embedded.postgres import EmbeddedPostgres
-from tests.bench import canned, nginx, portkey
+from tests.bench import canned, nginx, portkey, services
 from tests.bench.names import (
     ACCOUNTS,
     BARE,
@@ -31,20 +25,18 @@ from tests.bench.names import (
     NGINX,
     PORTKEY,
     SPOOL,
-    START,
     STARLETTE,
+    START,
     STREAMS,
     UNLEDGERED,
     WHOLE,
     WORKERS,
 )
-from tests.bench.processes import BenchError, running
-from tests.support.service import ADMIN_KEY, NO_TLS, Customer, Service, free_port, prepare_service
+from tests.bench.processes import running
+from tests.bench.services import MASTER_KEY
+from tests.support.service import Service, free_port
 
-MASTER_KEY = "sk-master-of-the-benchmark"
 PROVIDER_KEY = "key-of-the-customer"
-# Enough for some million requests, none of which gives its hold back.
-CREDITS = "1000000000"
 MANY_ACCOUNTS = 1000
 
 # The two that stand for a stream's ends: see `Stage.streamed`.
@@ -98,9 +90,9 @@ def stage(groups: Collection[str]) -> Generator[Stage]:
     """Start whom these groups need; ends them all with the context, whatever happens in it."""
     wanted = {name for group in groups for name in _ALSO.get(group, ())}
     with ExitStack() as stack:
-        home = stack.enter_context(_directory())
-        postgres = stack.enter_context(_postgres())
-        found = Stage(home, postgres, postgres.url(), _spool_database(postgres.url()))
+        home = stack.enter_context(services.directory())
+        postgres = stack.enter_context(services.postgres())
+        found = Stage(home, postgres, postgres.url(), services.spool_database(postgres))
         upstream = ""
         if wanted:
             port, pid = stack.enter_context(nginx.static_upstream(home))
@@ -111,9 +103,9 @@ def stage(groups: Collection[str]) -> Generator[Stage]:
         if set(groups) & set(_STREAMING):
             source = stack.enter_context(_source(home))
             service = stack.enter_context(
-                _service(home / "streamed", found.database_url, source.url)
+                services.service(home / "streamed", found.database_url, source.url)
             )
-            found.streamed = (source, _metered(METERED, service, _customer(service)))
+            found.streamed = (source, _metered(METERED, service, services.customer(service)))
         # In the order of the tables.
         found.contenders = {n: found.contenders[n] for n in LABELS if n in found.contenders}
         yield found
@@ -155,27 +147,29 @@ def _services(stage: Stage, wanted: Collection[str], upstream: str) -> Generator
     with ExitStack() as stack:
 
         def start(name: str, database_url: str, workers: int = 1) -> Service:
-            return stack.enter_context(_service(home / name, database_url, upstream, workers))
+            return stack.enter_context(
+                services.service(home / name, database_url, upstream, workers)
+            )
 
         if METERED in wanted:
             service = start(METERED, url)
-            stage.contenders[METERED] = _metered(METERED, service, _customer(service))
+            stage.contenders[METERED] = _metered(METERED, service, services.customer(service))
         if BYOK in wanted:
             service = start(BYOK, url)
-            own_key = {**_customer(service), "X-Provider-Key": PROVIDER_KEY}
+            own_key = {**services.customer(service), "X-Provider-Key": PROVIDER_KEY}
             stage.contenders[BYOK] = _metered(BYOK, service, own_key)
         if WORKERS in wanted:
             service = start(WORKERS, url, workers=2)
-            stage.contenders[WORKERS] = _metered(WORKERS, service, _customer(service))
+            stage.contenders[WORKERS] = _metered(WORKERS, service, services.customer(service))
         if ACCOUNTS in wanted:
             service = start(ACCOUNTS, url)
-            keys = [one.key for one in _many_customers(service, MANY_ACCOUNTS)]
+            keys = [one.key for one in services.many_customers(service, MANY_ACCOUNTS)]
             path = home / "keys"
             path.write_text("".join(f"{key}\n" for key in keys))
-            stage.contenders[ACCOUNTS] = _metered(ACCOUNTS, service, _bearer(keys[0]), path)
+            stage.contenders[ACCOUNTS] = _metered(ACCOUNTS, service, services.bearer(keys[0]), path)
         if SPOOL in wanted:
             service = start(SPOOL, stage.spool_database_url)
-            stage.contenders[SPOOL] = _metered(SPOOL, service, _customer(service))
+            stage.contenders[SPOOL] = _metered(SPOOL, service, services.customer(service))
         yield
 
 
@@ -186,54 +180,6 @@ def _metered(
 
 
 @contextmanager
-def _directory() -> Generator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="tallygate-bench-"))
-    try:
-        yield path
-    finally:
-        rmtree(path)
-
-
-@contextmanager
-def _postgres() -> Generator[EmbeddedPostgres]:
-    """Run PostgreSQL as `tallygate up` does: every commit is on disk."""
-    with _directory() as home:
-        # Where we are root, PostgreSQL runs as somebody else, who must get there.
-        home.chmod(0o711)
-        server = EmbeddedPostgres(home)
-        try:
-            server.start()
-            migrate(server.url())
-            yield server
-        finally:
-            server.stop()
-
-
-def another_database(url: str, name: str) -> str:
-    """Make a database beside the one at `url`, with the schema; returns its address."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    own = psycopg.conninfo.make_conninfo(url, dbname=name)
-    migrate(own)
-    return own
-
-
-def _spool_database(url: str) -> str:
-    own = another_database(url, "spooling")
-    allow_settling(own, is_allowed=False)
-    return own
-
-
-def allow_settling(url: str, *, is_allowed: bool) -> None:
-    """Let the service settle in this database, or have PostgreSQL refuse it as if it were away."""
-    verb, to = ("GRANT", "TO") if is_allowed else ("REVOKE", "FROM")
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(
-            f"{verb} EXECUTE ON FUNCTION tallygate.settle_batch {to} tallygate_app".encode()
-        )
-
-
-@contextmanager
 def _ours(name: str, module: str, home: Path, upstream: int) -> Generator[Contender]:
     """Run a part of our stack, `tests.bench.<module>`."""
     port = free_port()
@@ -241,7 +187,7 @@ def _ours(name: str, module: str, home: Path, upstream: int) -> Generator[Conten
     ready = f"{_local(port)}/health/liveliness"
     with running(command, log=home / f"{name}.log", ready_url=ready) as pid:
         # Any key is good, as long as it looks like one.
-        yield Contender(name, _local(port), pid, _bearer("sk-" + "x" * 43))
+        yield Contender(name, _local(port), pid, services.bearer("sk-" + "x" * 43))
 
 
 @contextmanager
@@ -267,57 +213,9 @@ def _litellm(home: Path) -> Generator[Contender]:
     try:
         child.start()
         assert child.pid is not None
-        yield Contender(LITELLM, child.url, child.pid, _bearer(MASTER_KEY))
+        yield Contender(LITELLM, child.url, child.pid, services.bearer(MASTER_KEY))
     finally:
         child.stop()
-
-
-@contextmanager
-def _service(
-    home: Path, database_url: str, litellm_url: str, workers: int = 1
-) -> Generator[Service]:
-    home.mkdir()
-    with closing(
-        prepare_service(
-            home,
-            database_url=database_url,
-            litellm_url=litellm_url,
-            litellm_key=MASTER_KEY,
-            workers=workers,
-        )
-    ) as service:
-        service.start()
-        try:
-            yield service
-        except BenchError as error:
-            error.add_note(f"{service.log_path}, its end:\n{service.log()[-3000:]}")
-            raise
-
-
-def _customer(service: Service) -> dict[str, str]:
-    return _bearer(service.new_key(credits=CREDITS).key)
-
-
-def _many_customers(service: Service, count: int) -> list[Customer]:
-    """Make accounts with a key each, over one connection."""
-    made: list[Customer] = []
-    with httpx.Client(
-        base_url=f"{service.base_url}/admin/v1/accounts",
-        headers={"authorization": f"Bearer {ADMIN_KEY}"},
-        verify=NO_TLS,
-        timeout=30,
-    ) as client:
-        for number in range(count):
-            account = client.post("", json={"name": f"customer {number}"}).json()["id"]
-            grant = {"credits": "1000000", "reason": "bench", "reference": f"start-{account}"}
-            client.post(f"/{account}/grants", json=grant).raise_for_status()
-            key = client.post(f"/{account}/keys", json={"name": "key"}).json()
-            made.append(Customer(account, key["id"], key["key"]))
-    return made
-
-
-def _bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 def _local(port: int) -> str:

@@ -10,10 +10,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 from statistics import median
 
-from tests.bench.contenders import MASTER_KEY, Stage
+from tests.bench.contenders import Stage
 from tests.bench.names import LITELLM
 from tests.bench.processes import BenchError, resident_mb
 from tests.bench.results import Start
+from tests.bench.services import MASTER_KEY
 from tests.support.service import ROOT, Service, prepare_service
 
 _START_TIMEOUT_S = 30

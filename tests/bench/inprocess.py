@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,11 +144,11 @@ async def _send(_: "Message") -> None:
     """Take it."""
 
 
-async def make_data_plane() -> DataPlane:
+async def make_data_plane(directory: Path) -> DataPlane:
     """Put one together, warm, with the collector as the service has it but off."""
     from tests.bench.unledgered import relay_without_ledger  # noqa: PLC0415 - see `main`
 
-    data_plane = DataPlane(await relay_without_ledger("http://nowhere", control=_Control()))
+    data_plane = DataPlane(await relay_without_ledger("http://nowhere", directory, _Control()))
     data_plane.ask_streams(5)
     await data_plane.serve(_WARM_UP)
     data_plane.ask_whole()
@@ -198,16 +199,16 @@ async def calls_per_request(data_plane: DataPlane) -> dict[str, float]:
     }
 
 
-async def _calls() -> None:
-    data_plane = await make_data_plane()
+async def _calls(directory: Path) -> None:
+    data_plane = await make_data_plane(directory)
     counted = await calls_per_request(data_plane)
     data_plane.upstream.needless = 10
     needless = await calls_per_request(data_plane)
     print(json.dumps({"counted": counted, "with_ten_more": needless}))
 
 
-async def _time() -> None:
-    data_plane = await make_data_plane()
+async def _time(directory: Path) -> None:
+    data_plane = await make_data_plane(directory)
     for name, events in (("whole", None), ("stream of 100 events", 100)):
         if events is None:
             data_plane.ask_whole()
@@ -221,8 +222,8 @@ async def _time() -> None:
         print(f"{name}: {min(took) * 1e6:.1f} µs a request")
 
 
-async def _profile() -> None:
-    data_plane = await make_data_plane()
+async def _profile(directory: Path) -> None:
+    data_plane = await make_data_plane(directory)
     profile = cProfile.Profile()
     profile.enable()
     await data_plane.serve(10 * _REQUESTS)
@@ -240,7 +241,7 @@ def main() -> None:
     work = modes[sys.argv[1] if len(sys.argv) > 1 else "calls"]
     with tempfile.TemporaryDirectory(prefix="tallygate-inprocess-") as directory:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        uvloop.run(work())
+        uvloop.run(work(Path(directory)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import psycopg
 
 from proxy.ids import uuid7
 from proxy.ledger import HoldRequest, Settlement
-from tests.bench.contenders import Stage, another_database
+from tests.bench.contenders import Stage
 from tests.bench.processes import cpu_seconds
 from tests.bench.results import LedgerLoad
+from tests.bench.services import another_database
 
 ACCOUNTS = (1, 1000)
 LANES = (1, 2, 4)
@@ -34,9 +35,11 @@ class _Calls:
     settlements: list[str]
 
 
-def ledger_load(stage: Stage, *, requests: int, progress: Callable[[str], None]) -> list[LedgerLoad]:
+def ledger_load(
+    stage: Stage, *, requests: int, progress: Callable[[str], None]
+) -> list[LedgerLoad]:
     """Measure every number of accounts, lanes and requests in a batch."""
-    url = another_database(stage.database_url, "loading")
+    url = another_database(stage.postgres, "loading")
     keys = _accounts(url, max(ACCOUNTS))
     measured: list[LedgerLoad] = []
     for accounts in ACCOUNTS:
@@ -46,7 +49,7 @@ def ledger_load(stage: Stage, *, requests: int, progress: Callable[[str], None])
                 measured.append(load)
                 progress(
                     f"{accounts:>4} accounts  {lanes} lanes  batches of {batch:>3}"
-                    f"  {load.holds_per_s:>8,.0f} holds/s  {load.settlements_per_s:>8,.0f} settled/s"
+                    f"  {load.holds_per_s:>8,.0f} holds/s  {load.settlements_per_s:>8,.0f} ended/s"
                 )
     return measured
 

@@ -11,7 +11,18 @@ from statistics import median
 
 import psycopg
 
-_PACKAGES = ("tallygate", "uvicorn", "uvloop", "httptools", "aiohttp", "msgspec", "psycopg")
+from tests.bench import portkey
+
+_PACKAGES = (
+    "tallygate",
+    "uvicorn",
+    "starlette",
+    "uvloop",
+    "httptools",
+    "aiohttp",
+    "msgspec",
+    "psycopg",
+)
 _FSYNCS = 100
 _PAGE = 8192
 
@@ -24,6 +35,7 @@ def versions(database_url: str) -> dict[str, str]:
         "Python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
         "LiteLLM": version("litellm"),
+        "Portkey's gateway": portkey.version(),
         "PostgreSQL": "" if row is None else str(row[0]),
         "nginx": _said(["nginx", "-v"], r"nginx/(\S+)"),
         "wrk": _said(["wrk", "-v"], r"wrk (?:debian/)?(\S+)"),
@@ -49,17 +61,13 @@ class Quietness:
     """How much of the machine was not ours while the benchmark ran."""
 
     def __init__(self) -> None:
-        self._load = os.getloadavg()[0]
+        self.load = os.getloadavg()[0]
         self._before = _jiffies()
 
-    def told(self) -> dict[str, str]:
-        """Return it in words."""
+    def stolen_percent(self) -> float:
+        """Return how much of the time since then other machines took."""
         spent = [after - before for before, after in zip(self._before, _jiffies(), strict=True)]
-        stolen = spent[7] / max(1, sum(spent)) * 100
-        return {
-            "load average at the start": f"{self._load:.2f}",
-            "time stolen by other machines": f"{stolen:.1f}%",
-        }
+        return spent[7] / max(1, sum(spent)) * 100
 
 
 def _jiffies() -> list[int]:

@@ -43,12 +43,22 @@ LABELS = {
     LITELLM: "LiteLLM's proxy, answering by itself, no database",
 }
 
-# Where each number of connections says something: with one, nothing is spread over workers or
-# accounts, and with many the peers only show once more how slow they are.
-TAKES_PART = {
+_TAKES_PART = {
     1: (DIRECT, NGINX, STARLETTE, BARE, UNLEDGERED, METERED, BYOK, PORTKEY, LITELLM),
-    256: (DIRECT, BARE, METERED, ACCOUNTS, WORKERS),
+    32: tuple(LABELS),
 }
+
+
+def takes_part(connections: int) -> tuple[str, ...]:
+    """Return who says something with so many connections.
+
+    With one, nothing is spread over workers or accounts; with very many the peers only show once
+    more how slow they are.
+    """
+    some = (DIRECT, NGINX, STARLETTE, BARE, UNLEDGERED, METERED, ACCOUNTS, BYOK, SPOOL, WORKERS)
+    few = (BARE, METERED, ACCOUNTS, WORKERS)
+    return _TAKES_PART.get(connections, some if connections <= 128 else few)
+
 
 SMALL, LARGE, HUGE = "0.3 KB", "100 KB", "2 MB"
 PROMPT_BYTES = {SMALL: 300, LARGE: 100_000, HUGE: 2_000_000}

@@ -1,4 +1,4 @@
-"""Portkey's gateway from npm: installed into .venv by what the lock pins, run by the lock's Node."""
+"""Portkey's gateway from npm: installed into .venv as its lock pins it, run by the lock's Node."""
 
 import os
 import shutil

@@ -303,9 +303,7 @@ def tables(results: Results) -> dict[str, str]:
     left_out = [f"{LABELS[name]} took no part: {why}." for name, why in results.left_out.items()]
     return {
         "targets": target_table(results),
-        "whole": "\n\n".join(
-            [*(whole_answers(whole, count) for count in connections), *left_out]
-        )
+        "whole": "\n\n".join([*(whole_answers(whole, count) for count in connections), *left_out])
         or _NOT_MEASURED,
         "added": added(whole) if connections else _NOT_MEASURED,
         "workers": workers(whole),

@@ -131,6 +131,10 @@ class Booked:
         mine, theirs = asdict(self), asdict(other)
         return Booked(**{name: count + theirs[name] for name, count in mine.items()})
 
+    def __sub__(self, other: "Booked") -> "Booked":
+        mine, theirs = asdict(self), asdict(other)
+        return Booked(**{name: count - theirs[name] for name, count in mine.items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:

@@ -1,8 +1,8 @@
 """A source of streams that stands in for LiteLLM.
 
 `python -m tests.bench.source PORT`. `GET /pace/EVENTS_PER_S/EVENTS` says how the streams after it
-are: each event has its moment, counted from the start of its stream, so that a stream lasts as long
-as it should however busy the machine is; with 0 events a second they come as fast as they are taken.
+are: each event has its moment, counted from the start of its stream, so that a stream lasts as
+long as it should however busy the machine is; at 0 a second they come as fast as they are taken.
 `GET /sent` answers how many bytes of events were sent since. Straight on a protocol: the source
 must cost little beside what is measured.
 """

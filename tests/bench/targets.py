@@ -105,7 +105,8 @@ def targets(results: Results) -> list[Target]:
             300, " MB", max(run.peak_mb for run in many) if many else None,
         ),
         most(
-            "the thin install on disk", 60, " MB", _of_start(start, lambda found: found.installed_mb)
+            "the thin install on disk",
+            60, " MB", _of_start(start, lambda found: found.installed_mb),
         ),
     ]  # fmt: skip
 

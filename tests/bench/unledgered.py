@@ -4,11 +4,10 @@
 pricing are the service's own, so that the difference between the two is what PostgreSQL costs.
 """
 
-import atexit
 import gc
-import shutil
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -69,27 +68,26 @@ class Unledgered:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         configure_logging("INFO")
-        self._relay = await relay_without_ledger(self._upstream_url)
-        await send({"type": "lifespan.startup.complete"})
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
-        await receive()
+        # It holds the catalog's copy and an empty spool.
+        with tempfile.TemporaryDirectory(prefix="tallygate-unledgered-") as directory:
+            self._relay = await relay_without_ledger(self._upstream_url, Path(directory))
+            await send({"type": "lifespan.startup.complete"})
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(20_000, 20, 50)
+            await receive()
         await send({"type": "lifespan.shutdown.complete"})
 
 
-async def relay_without_ledger(upstream_url: str, control: object = None) -> Relay:
+async def relay_without_ledger(upstream_url: str, data_dir: Path, control: object = None) -> Relay:
     """Return the service's relay; `control` stands in for LiteLLM's control endpoints."""
-    # It holds the catalog's copy and an empty spool, for as long as the process lives.
-    directory = tempfile.mkdtemp(prefix="tallygate-unledgered-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     parts = assemble(
         load_settings(
             {},
             database_url="postgresql://nowhere",
             litellm_url=upstream_url,
             litellm_key="none",
-            data_dir=directory,
+            data_dir=data_dir,
         )
     )
     services = parts.services

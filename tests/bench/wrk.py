@@ -53,9 +53,9 @@ def wrk(
         stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
+    assert process.stdout is not None
+    said: list[str] = []
     try:
-        said: list[str] = []
-        assert process.stdout is not None
         for line in process.stdout:
             said.append(line)
             if line.startswith(_OVER):

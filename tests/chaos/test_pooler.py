@@ -13,6 +13,7 @@ import pytest
 
 from proxy.audit import audit, audit_increment, check_seals
 from proxy.db import CONNECTION_ERRORS, Session, require_schema
+from proxy.doctor import LedgerExpectations, check_database
 from proxy.errors import ConfigurationError
 from proxy.ids import uuid7
 from tests.chaos.accounts import Account
@@ -166,12 +167,20 @@ async def test_login_that_brings_nothing_along_is_refused_behind_a_pooler(pooled
     session = Session(url, timeout_s=5)
     with pytest.raises(CONNECTION_ERRORS):
         await session.fetch("SELECT 1", ())
+    assert _doctor_on_pooler(url) == "fail"
     require_schema(pooled.url)
+    assert _doctor_on_pooler(pooled.url) == "ok"
     session = Session(pooled.url, timeout_s=5)
     assert await session.fetch("SELECT current_user, current_schema()", ()) == [
         (LOGIN.encode(), b"tallygate")
     ]
     await session.close()
+
+
+def _doctor_on_pooler(url: str) -> str:
+    expected = LedgerExpectations(nanos_per_credit=1_000_000, price_book={}, sweep_grace_s=60)
+    (status,) = [each.status for each in check_database(url, expected) if each.name == "pooler"]
+    return status
 
 
 @pytest.mark.anyio

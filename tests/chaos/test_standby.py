@@ -17,7 +17,7 @@ def test_a_synchronous_standby_takes_over_and_nothing_acknowledged_is_lost(
 ) -> None:
     first = own_cluster.clone()
     name = urlsplit(first).path.lstrip("/")
-    standby = Standby(own_cluster, own_cluster.directory / "standby")
+    standby = Standby(own_cluster.server, own_cluster.directory / "standby")
     stack.callback(standby.stop)
     second = standby.server.url(name)
     house = House(

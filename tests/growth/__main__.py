@@ -7,6 +7,7 @@ of memory meanwhile. Exits with 1 where a target is missed.
 
 import argparse
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -115,7 +116,13 @@ def _grow(arguments: argparse.Namespace) -> Figures:
         grown = _fill(urls["grown"], shape)
         sides = _compare(urls, home, arguments)
         _end(urls["grown"], shape, grown)
-        facts = {**machine(home), **quietness.told(), "PostgreSQL": _version(server.url())}
+        facts = {
+            **machine(home),
+            "load average": f"{quietness.load:.1f} before it began, {os.getloadavg()[0]:.1f} at"
+            " its end",
+            "time stolen by other machines": f"{quietness.stolen_percent():.1f}%",
+            "PostgreSQL": _version(server.url()),
+        }
         return Figures(grown=grown, sides=sides, machine=facts, in_flight=arguments.in_flight)
 
 

@@ -53,6 +53,16 @@ class Side:
         """The middle round's requests in a second."""
         return median(one.per_second for one in self.rounds)
 
+    @property
+    def server_us(self) -> float:
+        """The middle round's processor time in PostgreSQL for a request."""
+        return median(1e6 * one.server_s / one.requests for one in self.rounds)
+
+    @property
+    def own_us(self) -> float:
+        """The same outside of it."""
+        return median(1e6 * one.own_s / one.requests for one in self.rounds)
+
     def admission_ms(self, percent: float) -> float:
         """The middle round's percentile."""
         return median(_percentile(one.admissions_ms, percent) for one in self.rounds)
@@ -77,6 +87,7 @@ class Figures:
         empty, grown = self.sides["empty"], self.sides["grown"]
         throughput = grown.per_second / empty.per_second
         p99 = grown.admission_ms(99) / empty.admission_ms(99)
+        processors = (grown.server_us + grown.own_us) / (empty.server_us + empty.own_us)
         increment = self.grown.timings["increment"]
         reads = {read.name: read for read in grown.reads}
         return [
@@ -89,6 +100,11 @@ class Figures:
                 "p99 of admission within 10% of an empty ledger",
                 f"{(p99 - 1) * 100:+.1f}%",
                 p99 <= 1 + _TOLERANCE,
+            ),
+            (
+                "processor time of a request within 10% of an empty ledger",
+                f"{(processors - 1) * 100:+.1f}%",
+                processors <= 1 + _TOLERANCE,
             ),
             *(
                 (
@@ -165,6 +181,14 @@ def _traffic(figures: Figures) -> str:
             )
             for percent in (50, 99)
         ),
+        (
+            "processor time of a request, PostgreSQL's",
+            *(f"{side.server_us:.0f} µs" for side in sides.values()),
+        ),
+        (
+            "processor time of a request, ours",
+            *(f"{side.own_us:.0f} µs" for side in sides.values()),
+        ),
     ]
     return _table(("", *sides), rows)
 
@@ -172,7 +196,14 @@ def _traffic(figures: Figures) -> str:
 def _reads(figures: Figures) -> str:
     empty = {read.name: read for read in figures.sides["empty"].reads}
     return _table(
-        ("read", "empty p50", "grown p50", "grown p99", "grown max"),
+        (
+            "read",
+            "empty p50",
+            "grown p50",
+            "grown p99",
+            "grown max",
+            "of it PostgreSQL's processor",
+        ),
         [
             (
                 read.name,
@@ -180,6 +211,7 @@ def _reads(figures: Figures) -> str:
                     f"{value:.2f} ms"
                     for value in (empty[read.name].p50_ms, read.p50_ms, read.p99_ms, read.max_ms)
                 ),
+                f"{read.server_ms:.2f} ms",
             )
             for read in figures.sides["grown"].reads
         ],

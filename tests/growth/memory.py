@@ -13,7 +13,7 @@ from proxy.embedded.postgres import EmbeddedPostgres
 from tests.bench import canned, nginx
 from tests.support.service import Service, prepare_service
 
-_SCRIPT = Path(canned.__file__).with_name("load.lua")
+_SCRIPT = Path(__file__).with_name("load.lua")
 _CONNECTIONS = 32
 _SLICE_S = 5
 # Of the requests, before memory is what it will be: caches, pools, arenas of the allocator.
@@ -58,7 +58,6 @@ def measure(requests: int) -> tuple[str, bool]:
 
 
 def _slice(service: Service, key: str) -> dict[str, int]:
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     finished = subprocess.run(
         [
             shutil.which("wrk") or "wrk", "--threads", "1", "--connections", str(_CONNECTIONS),
@@ -67,8 +66,8 @@ def _slice(service: Service, key: str) -> dict[str, int]:
         ],
         env={
             **os.environ,
-            "BENCH_BODY": canned.request_body().decode(),
-            "BENCH_HEADERS": "\n".join(f"{name}: {text}" for name, text in headers.items()),
+            "GROWTH_BODY": canned.request_body().decode(),
+            "GROWTH_KEY": key,
         },
         check=True,
         capture_output=True,

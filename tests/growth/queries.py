@@ -11,6 +11,7 @@ import psycopg
 from proxy.db import make_pool
 from proxy.ledger import Ledger
 from proxy.reports import Reports
+from tests.growth.cpu import Cpu
 
 _PAGE = 50
 # Half of an account's requests are older than this many pages behind its newest.
@@ -25,6 +26,9 @@ class Read:
     p50_ms: float
     p99_ms: float
     max_ms: float
+    # Of the processors, the mean.
+    server_ms: float
+    own_ms: float
 
 
 async def read_all(url: str, keys: list[tuple[UUID, UUID]], *, times: int) -> list[Read]:
@@ -41,6 +45,7 @@ async def read_all(url: str, keys: list[tuple[UUID, UUID]], *, times: int) -> li
                 if not page:
                     break
                 before = page[-1]["request_id"]
+            # The pages before count for the processors' time only.
             began = time.perf_counter()
             await reports.usage(account, before=before, limit=_PAGE)
             return time.perf_counter() - began
@@ -66,7 +71,8 @@ async def read_all(url: str, keys: list[tuple[UUID, UUID]], *, times: int) -> li
             ),
             "a scrape of metrics": lambda _account, _: reports.operations(),
         }
-        read = [await _timed(name, query, samples) for name, query in queries.items()]
+        await ledger.balance(samples[0].account_id)
+        read = [await _timed(name, query, samples, Cpu(url)) for name, query in queries.items()]
         await ledger.close()
     return read
 
@@ -98,6 +104,7 @@ async def _timed(
     name: str,
     query: Callable[[UUID, _Sample], Awaitable[object]],
     samples: list[_Sample],
+    cpu: Cpu,
 ) -> Read:
     took: list[float] = []
     for sample in samples:
@@ -105,5 +112,10 @@ async def _timed(
         answer = await query(sample.account_id, sample)
         elapsed = answer if isinstance(answer, float) else time.perf_counter() - began
         took.append(elapsed * 1000)
+    server_s, own_s = cpu.taken_s()
     took.sort()
-    return Read(name, took[len(took) // 2], took[int(len(took) * 0.99)], took[-1])
+    return Read(
+        name,
+        *(took[len(took) // 2], took[int(len(took) * 0.99)], took[-1]),
+        *(1000 * server_s / len(took), 1000 * own_s / len(took)),
+    )

@@ -12,6 +12,7 @@ from proxy.ids import uuid7
 from proxy.ledger import HoldRequest, Ledger, Settlement
 from proxy.settlement import Settler
 from proxy.spool import Spool
+from tests.growth.cpu import Cpu
 
 PRICE = 12_345_678
 _VERSION = 2
@@ -26,6 +27,9 @@ class Round:
     # Of each admission, in milliseconds.
     admissions_ms: list[float] = field(default_factory=list[float])
     settlements_ms: list[float] = field(default_factory=list[float])
+    # Of the processors, for all of them.
+    server_s: float = 0.0
+    own_s: float = 0.0
 
     @property
     def per_second(self) -> float:
@@ -58,11 +62,13 @@ class Traffic:
             )
             # Connections are opened, and plans made, before the clock runs.
             await self._requests(ledger, settler, Round(), time.perf_counter() + 0.5)
+            cpu = Cpu(self._url)
             began = time.perf_counter()
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._in_flight):
                     group.create_task(self._requests(ledger, settler, done, began + seconds))
             done.seconds = time.perf_counter() - began
+            done.server_s, done.own_s = cpu.taken_s()
             await settler.drain()
             await ledger.close()
         return done

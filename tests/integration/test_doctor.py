@@ -10,6 +10,7 @@ import pytest
 from proxy.db import migrate
 from proxy.doctor import Check, LedgerExpectations, check_database
 from tests.integration.money import NewAccount
+from tests.support.postgres import VERSION
 
 BOOK = {"default": {"kind": "markup", "factor": "2.0"}}
 EXPECTED = LedgerExpectations(nanos_per_credit=1_000_000, price_book=BOOK, sweep_grace_s=60)
@@ -36,7 +37,7 @@ def test_a_database_as_it_should_be_is_ok(database_url: str) -> None:
     checks = look(database_url)
     # The tests' server is the one thing that is not as it should be.
     assert {name for name, check in checks.items() if check.status != "ok"} == {"durability"}
-    assert checks["postgresql_version"].found.startswith("18.")
+    assert checks["postgresql_version"].found.startswith(f"{VERSION}.")
 
 
 def test_a_server_that_may_forget_fails(database_url: str) -> None:

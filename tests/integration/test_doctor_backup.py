@@ -145,6 +145,16 @@ def test_a_plain_login_sees_what_it_may_and_says_what_it_may_not(
     assert "GRANT pg_monitor" in checks["base_backup"].remedy
 
 
+def test_a_login_without_rights_is_told_the_way_out(database_url: str, tmp_path: Path) -> None:
+    execute(database_url, "CREATE ROLE outsider LOGIN")
+    try:
+        checks = look(database_url.replace("postgres@", "outsider@"), tmp_path)
+    finally:
+        execute(database_url, "DROP ROLE outsider")
+    assert statuses(checks) == {"postgresql": "fail"}
+    assert "tallygate_app" in checks["postgresql"].remedy
+
+
 def test_a_database_without_seals_asks_for_the_schema(
     empty_database_url: str, tmp_path: Path
 ) -> None:

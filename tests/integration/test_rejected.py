@@ -116,6 +116,11 @@ def test_what_can_not_be_posted_stays_and_says_why(
     assert spool.rejected() == 4
 
 
+def test_looking_makes_nothing(run: Run, tmp_path: Path) -> None:
+    assert run("rejected", "list")["data"] == []
+    assert not (tmp_path / "spool").exists()
+
+
 def test_what_is_given_up_is_dropped_by_its_name(
     money: Money, put: Put, spool: Spool, run: Run
 ) -> None:

@@ -1,4 +1,4 @@
-"""A second real server that follows a cluster's own, until it is promoted."""
+"""A second real server that follows another, until it is promoted."""
 
 import os
 import subprocess
@@ -9,7 +9,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 import psycopg
 import pytest
 
-from tests.support.postgres import Cluster, make_server
+from proxy.embedded.postgres import EmbeddedPostgres
+from tests.support.postgres import make_server
 
 _NAME = "standby"
 _TIMEOUT_S = 30
@@ -18,11 +19,11 @@ _TIMEOUT_S = 30
 class Standby:
     """Streams from the primary; with it, each commit there waits until it is written down here."""
 
-    def __init__(self, primary: Cluster, directory: Path) -> None:
-        self.server = make_server(directory)
+    def __init__(self, primary: EmbeddedPostgres, directory: Path, **settings: str) -> None:
+        self.server = make_server(directory, **settings)
         _copy(primary, self.server.pgdata)
         self.server.start()
-        with psycopg.connect(primary.server.url(), autocommit=True) as connection:
+        with psycopg.connect(primary.url(), autocommit=True) as connection:
             # Behind the copy, so that the standby waits for nobody when it is the primary.
             connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{_NAME}'".encode())
             connection.execute("SELECT pg_reload_conf()")
@@ -49,11 +50,11 @@ def whichever_is_primary(*urls: str) -> str:
     )
 
 
-def _copy(primary: Cluster, pgdata: Path) -> None:
+def _copy(primary: EmbeddedPostgres, pgdata: Path) -> None:
     """Copy the running server, with what makes the copy follow it."""
     pgdata.parent.mkdir()
-    (socket_dir,) = parse_qs(urlsplit(primary.server.url()).query)["host"]
-    binaries = Path(f"/proc/{primary.server.pid()}/exe").resolve().parent
+    (socket_dir,) = parse_qs(urlsplit(primary.url()).query)["host"]
+    binaries = Path(f"/proc/{primary.pid()}/exe").resolve().parent
     done = subprocess.run(
         [
             *(binaries / "pg_basebackup", "--pgdata", pgdata, "--checkpoint", "fast"),
@@ -67,7 +68,7 @@ def _copy(primary: Cluster, pgdata: Path) -> None:
     assert done.returncode == 0, done.stderr
     # The primary's socket is beside its data; its lock came along.
     (pgdata / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
-    owner = primary.server.pgdata.stat()
+    owner = primary.pgdata.stat()
     for path in (pgdata, *pgdata.rglob("*")):
         os.chown(path, owner.st_uid, owner.st_gid)
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,23 @@ def test_file_that_another_process_took_for_abandoned_is_not_written_to(
     monkeypatch.undo()
     spool.close()
     assert payloads(Spool(tmp_path))[-1:] == [b"kept"]
+
+
+def test_what_was_set_aside_is_dropped_without_losing_what_comes_meanwhile(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    path = tmp_path / "rejected.jsonl"
+    for payload in (b"1", b"2", b"1"):
+        spool.set_aside(payload)
+    path.chmod(0o640)
+
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as threads:
+            # Both wait for the file; whoever is second finds another in its place.
+            threads.submit(spool.forget_rejected, b"1")
+            threads.submit(spool.set_aside, b"3")
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+    assert sorted(spool.rejected_payloads()) == [b"1", b"2", b"3"]
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert Spool(tmp_path / "none").oldest_at() is None
