@@ -41,16 +41,17 @@ def add_rejected(
             # Looking must not make it: it would belong to whoever looks.
             spool = Spool(directory) if directory.is_dir() else None
             wanted: Sequence[UUID] = getattr(arguments, "request_id", ())
+            kept: list[Aside] = [] if spool is None else read_aside(spool)
             asides = [
-                aside
-                for aside in ([] if spool is None else read_aside(spool))
-                if not wanted or aside.settlement.request_id in wanted
+                aside for aside in kept if not wanted or aside.settlement.request_id in wanted
             ]
             missing = set(wanted) - {aside.settlement.request_id for aside in asides}
             if missing:
                 return complain(f"no settlement of {missing.pop()} was set aside", 1)
-            rows, code = ([], 0) if spool is None else act(arguments, settings, spool, asides)
-            document = {"data": rows}
+            document: dict[str, object] = {"data": []}
+            code = 0
+            if spool is not None:
+                document["data"], code = act(arguments, settings, spool, asides)
             show(arguments, document, lines(document))
             return code
 

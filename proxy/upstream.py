@@ -59,7 +59,7 @@ class UpstreamAnswer:
                 msg = "The provider's answer was larger than is accepted here."
                 raise UpstreamProtocolError(msg)
             parts.append(chunk)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it arrives; UpstreamError or UpstreamTimeoutError if it is cut."""

@@ -22,7 +22,6 @@ from tests.bench.machine import Quietness, machine, versions
 from tests.bench.names import GROUPS
 from tests.bench.processes import BenchError
 from tests.bench.results import Booked, Measured, Results
-from tests.bench.services import allow_settling
 from tests.bench.targets import targets
 from tests.support.service import ROOT
 
@@ -105,7 +104,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     found = Results() if arguments.quick else results.load(path)
     began = time.monotonic()
     print("Starting PostgreSQL, nginx and whoever takes part …", flush=True)
-    with stage(groups) as running:
+    with stage(groups, accounts=plan.accounts) as running:
         told = machine(running.postgres.data_dir)
         if found.measured and _hardware(found.machine) != _hardware(told):
             # Figures of two machines side by side would be read as one's.
@@ -125,8 +124,6 @@ def _measure(running: Stage, plan: Plan, groups: Sequence[str], found: Results) 
     for group in groups:
         started, quietness = time.monotonic(), Quietness()
         run(group, running, plan, found)
-        # What the spool holds can be settled now, and is; then nothing goes there any more.
-        allow_settling(running.spool_database_url, is_allowed=True)
         now = booked(urls, answered=running.answered)
         rounds, seconds = rounds_and_seconds(group, plan)
         found.measured[group] = Measured(

@@ -37,7 +37,6 @@ from tests.bench.services import MASTER_KEY
 from tests.support.service import Service, free_port
 
 PROVIDER_KEY = "key-of-the-customer"
-MANY_ACCOUNTS = 1000
 
 # The two that stand for a stream's ends: see `Stage.streamed`.
 _STREAMING = (STREAMS, FIRST_BYTE, FLOOD)
@@ -68,7 +67,7 @@ class Stage:
     home: Path
     postgres: EmbeddedPostgres
     database_url: str
-    # Whose settlements go to a spool: a database in which they may not be settled.
+    # Of the one whose settlements are refused while it is measured.
     spool_database_url: str
     contenders: dict[str, Contender] = field(default_factory=dict[str, Contender])
     # For streams: the source itself, and the service before it.
@@ -86,20 +85,25 @@ class Stage:
 
 
 @contextmanager
-def stage(groups: Collection[str]) -> Generator[Stage]:
-    """Start whom these groups need; ends them all with the context, whatever happens in it."""
+def stage(groups: Collection[str], *, accounts: int) -> Generator[Stage]:
+    """Start whom these groups need; ends them all with the context, whatever happens in it.
+
+    `accounts` is how many take turns where many do.
+    """
     wanted = {name for group in groups for name in _ALSO.get(group, ())}
     with ExitStack() as stack:
         home = stack.enter_context(services.directory())
         postgres = stack.enter_context(services.postgres())
-        found = Stage(home, postgres, postgres.url(), services.spool_database(postgres))
+        found = Stage(
+            home, postgres, postgres.url(), services.another_database(postgres, "spooling")
+        )
         upstream = ""
         if wanted:
             port, pid = stack.enter_context(nginx.static_upstream(home))
             upstream = _local(port)
             found.contenders[DIRECT] = Contender(DIRECT, upstream, pid, {})
             stack.enter_context(_simple(found, wanted, port))
-        stack.enter_context(_services(found, wanted, upstream))
+        stack.enter_context(_services(found, wanted, upstream, accounts))
         if set(groups) & set(_STREAMING):
             source = stack.enter_context(_source(home))
             service = stack.enter_context(
@@ -141,7 +145,9 @@ def _simple(stage: Stage, wanted: Collection[str], upstream: int) -> Generator[N
 
 
 @contextmanager
-def _services(stage: Stage, wanted: Collection[str], upstream: str) -> Generator[None]:
+def _services(
+    stage: Stage, wanted: Collection[str], upstream: str, accounts: int
+) -> Generator[None]:
     """Start Tallygate as often as it takes part, so that each one's processor time is its own."""
     home, url = stage.home, stage.database_url
     with ExitStack() as stack:
@@ -163,7 +169,7 @@ def _services(stage: Stage, wanted: Collection[str], upstream: str) -> Generator
             stage.contenders[WORKERS] = _metered(WORKERS, service, services.customer(service))
         if ACCOUNTS in wanted:
             service = start(ACCOUNTS, url)
-            keys = [one.key for one in services.many_customers(service, MANY_ACCOUNTS)]
+            keys = [one.key for one in services.many_customers(service, accounts)]
             path = home / "keys"
             path.write_text("".join(f"{key}\n" for key in keys))
             stage.contenders[ACCOUNTS] = _metered(ACCOUNTS, service, services.bearer(keys[0]), path)

@@ -50,6 +50,7 @@ class Plan:
     flood_events: int = 5000
     starts: int = 3
     load_requests: int = 12_000
+    accounts: int = 1000
 
 
 THOROUGH = Plan(
@@ -75,6 +76,7 @@ QUICK = Plan(
     flood_events=2000,
     starts=1,
     load_requests=2000,
+    accounts=100,
 )
 
 
@@ -84,8 +86,7 @@ def run(group: str, stage: Stage, plan: Plan, results: Results) -> None:
 
 
 def rounds_and_seconds(group: str, plan: Plan) -> tuple[int, int]:
-    """Return how many rounds a group has, and how long one of its runs is at most; 0 where it
-    lasts as long as it takes."""
+    """Return a group's rounds and the length of its longest run; 0 where that is no setting."""
     if group == WHOLE:
         return plan.rounds, plan.seconds
     if group == BODIES:

@@ -1,12 +1,15 @@
 """One measurement: a load on one contender, and what the machine did meanwhile."""
 
+from contextlib import nullcontext
+
 import httpx
 
 from tests.bench import canned
 from tests.bench.contenders import Contender, Stage
-from tests.bench.names import PROMPT_BYTES, SMALL
+from tests.bench.names import PROMPT_BYTES, SMALL, SPOOL
 from tests.bench.processes import BenchError
 from tests.bench.results import Flood, Streams, WholeAnswers
+from tests.bench.services import refusing_settlements
 from tests.bench.spending import spending
 from tests.bench.wrk import wrk
 
@@ -34,7 +37,10 @@ def whole_answers(
     body: str = SMALL,
 ) -> WholeAnswers:
     """Measure requests that are answered whole."""
-    with spending(stage, contender) as spent:
+    away = (
+        refusing_settlements(stage.spool_database_url) if contender.name == SPOOL else nullcontext()
+    )
+    with away, spending(stage, contender) as spent:
         told = wrk(
             stage,
             "load.lua",

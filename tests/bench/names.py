@@ -35,7 +35,7 @@ LABELS = {
     BARE: "bare relay: our stack without metering",
     UNLEDGERED: "Tallygate without its ledger",
     METERED: "**Tallygate, metered**",
-    ACCOUNTS: "Tallygate, 1,000 accounts in turn",
+    ACCOUNTS: "Tallygate, many accounts in turn",
     BYOK: "Tallygate, the customer's own provider key",
     SPOOL: "Tallygate, settling to its spool",
     WORKERS: "Tallygate, two workers",

@@ -1,8 +1,9 @@
-"""`python -m tests.bench.primary`: how far one PostgreSQL goes, and what stands before or behind it.
+"""`python -m tests.bench.primary`: how far one PostgreSQL goes, what pooler and standby cost.
 
-Each connection authorizes a batch and settles it, over and over, with no service in between. The
-figures are ratios to one connection on one account: the rest is the machine. It and the clients
-share the cores, so more connections than cores show what locks cost, and not what hardware gives.
+Each connection authorizes a batch and settles it, over and over, with no service in between. Runs
+that are compared follow each other, and what counts is the median of their ratios, for the machine
+may have other things to do. Clients and both servers share it: more connections than cores show
+what locks cost, and not what hardware gives.
 """
 
 import argparse
@@ -10,15 +11,18 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from uuid import UUID
 
 import msgspec
 import psycopg
 
 from proxy.db import migrate
+from proxy.embedded.postgres import EmbeddedPostgres
 from proxy.ids import uuid7
 from proxy.ledger import HoldRequest, Settlement
 from tests.support.pgbouncer import PgBouncer
@@ -29,42 +33,73 @@ from tests.support.standby import Standby
 CONNECTIONS = (1, 2, 4, 8)
 ACCOUNTS = (1, 1000)
 BATCH = 64
+ALONE = "alone"
 _LOGIN = "tallygate_service"
 _DURABLE = {"fsync": "on", "full_page_writes": "on"}
 Key = tuple[UUID, UUID]
 
 
 def main() -> None:
-    """Print a table for each way to the database."""
+    """Print a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.primary", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each, the best counts")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of one run")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each")
     arguments = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="tallygate-primary-"))
-    server = make_server(home / "first", **_DURABLE)
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, home)
+        server = make_server(home / "first", **_DURABLE)
+        stack.callback(server.stop)
         server.start()
-        url = server.url()
-        migrate(url)
-        keys = _accounts(url)
+        ways = _ways(server, home, stack)
+        keys = _accounts(server.url())
+        for accounts in ACCOUNTS:
+            for way in ways.values():  # a warm-up
+                _run(way, keys[:accounts], 2, arguments.seconds)
+            rounds = [
+                {
+                    (name, connections): _run(way, keys[:accounts], connections, arguments.seconds)
+                    for connections in CONNECTIONS
+                    for name, way in ways.items()
+                }
+                for _ in range(arguments.rounds)
+            ]
+            _tell(accounts, rounds)
 
-        def measure(title: str, through: str) -> None:
-            _report(title, through, keys, arguments.seconds, arguments.rounds)
 
-        _report("warming up", url, keys, arguments.seconds, 1, tell=lambda _: None)
-        measure("PostgreSQL alone", url)
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute((ROOT / "deploy" / "service_login.sql").read_bytes())
-            connection.execute(f"ALTER ROLE {_LOGIN} PASSWORD 'secret'".encode())
-        bouncer = PgBouncer(home / "pgbouncer", url, passwords={_LOGIN: "secret"}, pool=16)
-        measure("through PgBouncer", bouncer.url(_LOGIN))
-        bouncer.stop()
-        standby = Standby(server, home / "second", **_DURABLE)
-        measure("with a synchronous standby", url)
-        standby.stop()
-    finally:
-        server.stop()
-        shutil.rmtree(home)
+def _ways(server: EmbeddedPostgres, home: Path, stack: ExitStack) -> dict[str, str]:
+    """Set up everything, and return a URL for each way to the primary."""
+    url = server.url()
+    migrate(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute((ROOT / "deploy" / "service_login.sql").read_bytes())
+        connection.execute(f"ALTER ROLE {_LOGIN} PASSWORD 'secret'".encode())
+        connection.execute(f"ALTER ROLE {_LOGIN} SET synchronous_commit = local".encode())
+    standby = Standby(server, home / "second", **_DURABLE)
+    stack.callback(standby.stop)
+    bouncer = PgBouncer(home / "pgbouncer", url, passwords={_LOGIN: "secret"}, pool=16)
+    stack.callback(bouncer.stop)
+    return {
+        # It streams to the standby all the same, and does not wait for it.
+        ALONE: url + "&options=-csynchronous_commit%3Dlocal",
+        "through PgBouncer": bouncer.url(_LOGIN),
+        "waiting for a standby": url,
+    }
+
+
+def _tell(accounts: int, rounds: Sequence[dict[tuple[str, int], float]]) -> None:
+    first = CONNECTIONS[0]
+    print(f"\n{accounts} accounts, batches of {BATCH}: requests held and settled")
+    for connections in CONNECTIONS:
+        gained = median(each[ALONE, connections] / each[ALONE, first] for each in rounds)
+        per_s = median(each[ALONE, connections] for each in rounds)
+        others = {name for name, _ in rounds[0]} - {ALONE}
+        costs = "  ".join(
+            f"{name} "
+            f"{median(each[name, connections] / each[ALONE, connections] for each in rounds):.2f}"
+            for name in sorted(others)
+        )
+        print(f"  {connections} connections: {per_s:>6,.0f}/s, {gained:.2f} of one;  {costs}")
 
 
 def _accounts(url: str) -> list[Key]:
@@ -81,29 +116,6 @@ def _accounts(url: str) -> list[Key]:
             )
             keys.append((account_id, key_id))
     return keys
-
-
-def _report(
-    title: str,
-    url: str,
-    keys: Sequence[Key],
-    seconds: float,
-    rounds: int,
-    tell: Callable[[str], None] = print,
-) -> None:
-    tell(f"\n{title}: requests/s, held and settled, in batches of {BATCH}")
-    for accounts in ACCOUNTS:
-        best = {
-            connections: max(
-                _run(url, keys[:accounts], connections, seconds) for _ in range(rounds)
-            )
-            for connections in CONNECTIONS
-        }
-        one = best[CONNECTIONS[0]]
-        tell(
-            f"{accounts:>5} accounts  "
-            + "  ".join(f"{n}: {per_s:>7,.0f} ({per_s / one:.2f})" for n, per_s in best.items())
-        )
 
 
 def _run(url: str, keys: Sequence[Key], connections: int, seconds: float) -> float:

@@ -279,7 +279,7 @@ def measured(groups: Mapping[str, Measured]) -> str:
             f"`{name}`",
             group.at.replace("T", " ").removesuffix("+00:00"),
             f"{group.rounds}",
-            f"{group.seconds}",
+            f"{group.seconds or ''}",
             f"{group.took_s:.0f} s",
             f"{group.load:.2f}",
             f"{group.stolen_percent:.1f}%",

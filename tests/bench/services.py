@@ -1,6 +1,7 @@
 """What Tallygate takes part with: services, their customers, and PostgreSQL beneath them."""
 
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.service import ADMIN_KEY, NO_TLS, Customer, Service, prepare_
 MASTER_KEY = "sk-master-of-the-benchmark"
 # Enough for some million requests, none of which gives its hold back.
 CREDITS = "1000000000"
+_REPLAY_TIMEOUT_S = 60
 
 
 @contextmanager
@@ -53,20 +55,24 @@ def another_database(server: EmbeddedPostgres, name: str) -> str:
     return own
 
 
-def spool_database(server: EmbeddedPostgres) -> str:
-    """Make a database in which holds are placed, and settlements refused."""
-    own = another_database(server, "spooling")
-    allow_settling(own, is_allowed=False)
-    return own
+@contextmanager
+def refusing_settlements(url: str) -> Generator[None]:
+    """Have PostgreSQL refuse every settlement in a database, as if it were away.
 
-
-def allow_settling(url: str, *, is_allowed: bool) -> None:
-    """Let the service settle in this database, or have PostgreSQL refuse it as if it were away."""
-    verb, to = ("GRANT", "TO") if is_allowed else ("REVOKE", "FROM")
+    At the end waits until all that went to a spool meanwhile has been replayed.
+    """
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(
-            f"{verb} EXECUTE ON FUNCTION tallygate.settle_batch {to} tallygate_app".encode()
-        )
+        settle = "EXECUTE ON FUNCTION tallygate.settle_batch"
+        connection.execute(f"REVOKE {settle} FROM tallygate_app".encode())
+        try:
+            yield
+        finally:
+            connection.execute(f"GRANT {settle} TO tallygate_app".encode())
+        deadline = time.monotonic() + _REPLAY_TIMEOUT_S
+        while connection.execute("SELECT FROM tallygate.open_holds LIMIT 1").fetchone():
+            if time.monotonic() > deadline:
+                raise BenchError("the spool was not replayed")
+            time.sleep(0.1)
 
 
 @contextmanager

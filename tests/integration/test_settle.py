@@ -1,10 +1,13 @@
 """settle_batch, expire_holds, fund: every hold ends once, and money adds up."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import psycopg
 import pytest
 
 from proxy.ids import uuid7
-from tests.integration.money import NewAccount, capture, void
+from tests.integration.money import NewAccount, capture, void, wait_for_waiters
 
 
 def test_capture_takes_the_price_and_frees_the_hold(account: NewAccount) -> None:
@@ -156,6 +159,24 @@ def test_late_capture_does_not_overrule_an_operator(account: NewAccount) -> None
     assert money.balance() == (1000, 0, 0)
 
 
+@pytest.mark.parametrize("function", ["authorize_batch", "settle_batch"])
+def test_batches_lock_balances_in_one_order(account: NewAccount, function: str) -> None:
+    first, second = sorted((account(funds=100), account(funds=100)), key=lambda m: m.account_id)
+    batch = [money.request(1) for money in (second, first)]
+    if function == "settle_batch":
+        batch = [capture(money.hold(1), 1) for money in (second, first)]
+    lock = "SELECT 1 FROM balances WHERE account_id = %s FOR NO KEY UPDATE NOWAIT"
+    with ThreadPoolExecutor(1) as thread:
+        with first.connection.transaction():
+            first.one(lock, first.account_id)
+            call = f"SELECT outcome FROM {function}(%s)"
+            told = thread.submit(second.all, call, json.dumps(batch))
+            wait_for_waiters(first, 1)
+            # It waits for the first of them, and so must not have taken the second.
+            first.one(lock, second.account_id)
+        assert {row[0] for row in told.result()} <= {"held", "captured"}
+
+
 def test_unknown_cost_is_a_state_and_never_a_price_of_zero(account: NewAccount) -> None:
     money = account(funds=1000)
     request = money.hold(400)
@@ -242,6 +263,14 @@ def test_the_services_role_can_not_touch_the_books(account: NewAccount, statemen
     money.connection.execute("SET ROLE tallygate_app")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         money.connection.execute(statement.encode())
+
+
+def test_functions_can_be_called_by_nobody_but_whom_they_were_granted(account: NewAccount) -> None:
+    everybodys = account().all(
+        "SELECT proname FROM pg_proc WHERE pronamespace = 'tallygate'::regnamespace"
+        " AND (proacl IS NULL OR EXISTS (SELECT 1 FROM aclexplode(proacl) WHERE grantee = 0))"
+    )
+    assert everybodys == []
 
 
 @pytest.mark.parametrize("statement", ["UPDATE entries SET amount = 0", "DELETE FROM entries"])

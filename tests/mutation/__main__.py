@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.chaos.sabotage import SABOTAGES
 from tests.mutation.guards import GUARDS, Guard, Patch
 from tests.mutation.judge import Judgement, judge_each
-from tests.support.sections import write_section
+from tests.support.sections import read_section, write_section
 
 ROOT = Path(__file__).parents[2]
 _NOT_COPIED = shutil.ignore_patterns(
@@ -31,6 +32,7 @@ _NOT_COPIED = shutil.ignore_patterns(
 )
 _TIMEOUT_S = 600
 _TESTS_FAILED = 1
+_NOBODY = "**nobody**"
 
 
 class MutationError(Exception):
@@ -61,6 +63,16 @@ def main() -> int:
     """Run it; 1 where the removal of a guard is not noticed."""
     arguments = _arguments()
     guards = [guard for guard in GUARDS if arguments.only in guard.name]
+    verdicts = _try_each(guards, arguments.jobs) if guards else []
+    judgements = judge_each(arguments.only)
+    if arguments.report is not None:
+        before = read_section(arguments.report, "mutation")
+        write_section(arguments.report, "mutation", _page(verdicts, judgements, before))
+    _print(verdicts, judgements)
+    return 1 if any(each.survived for each in (*verdicts, *judgements)) else 0
+
+
+def _try_each(guards: Sequence[Guard], jobs: int) -> list[Verdict]:
     home = Path(tempfile.mkdtemp(prefix="tallygate-mutation-"))
     try:
         whole = _copy(home / "whole")
@@ -69,18 +81,12 @@ def main() -> int:
         failed, output, code = _run(whole, tests)
         if code:
             print(output[-4000:])
-            print(f"The tests fail already: {', '.join(failed) or 'see above'}")
-            return 1
-        with ThreadPoolExecutor(arguments.jobs) as pool:
+            sys.exit(f"The tests fail already: {', '.join(failed) or 'see above'}")
+        with ThreadPoolExecutor(jobs) as pool:
             homes = [home / str(number) for number in range(len(guards))]
-            verdicts = list(pool.map(_try, homes, guards))
+            return list(pool.map(_try, homes, guards))
     finally:
         shutil.rmtree(home)
-    judgements = [] if arguments.only else judge_each()
-    if arguments.report is not None:
-        write_section(arguments.report, "mutation", _page(verdicts, judgements))
-    _print(verdicts, judgements)
-    return 1 if any(each.survived for each in (*verdicts, *judgements)) else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -145,7 +151,7 @@ def _run(tree: Path, tests: Sequence[str]) -> tuple[list[str], str, int]:
 
 
 def _print(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> None:
-    width = max(len(verdict.guard.name) for verdict in verdicts)
+    width = max((len(verdict.guard.name) for verdict in verdicts), default=24)
     print(f"\n{'guard removed':<{width}}  caught by")
     for verdict in verdicts:
         print(f"{verdict.guard.name:<{width}}  {', '.join(verdict.names) or 'NOBODY'}")
@@ -158,25 +164,31 @@ def _print(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> None
 
 
 def _sentence(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> str:
-    removed = len(verdicts) + len(judgements)
     survived = sum(each.survived for each in (*verdicts, *judgements))
+    return _told(len(verdicts) + len(judgements), survived)
+
+
+def _told(removed: int, survived: int) -> str:
     return f"mutation: {removed} guards removed, {survived} not noticed"
 
 
-def _page(verdicts: Sequence[Verdict], judgements: Sequence[Judgement]) -> str:
-    lines = [
-        f"Run of {datetime.now(UTC):%Y-%m-%d}. **{_sentence(verdicts, judgements)}.**",
-        "",
-        "| guard removed | caught by |",
-        "|---|---|",
-    ]
+def _page(verdicts: Sequence[Verdict], judgements: Sequence[Judgement], before: str) -> str:
+    """Make the table; guards that were left out this time keep the rows that they had `before`."""
+    rows: dict[str, str] = {}
+    for line in before.splitlines():
+        if line.startswith("| ") and line.count(" | ") == 1:
+            name, _, found = line.strip("| ").partition(" | ")
+            rows[name] = found
     for verdict in verdicts:
-        names = ", ".join(f"`{name}`" for name in verdict.names)
-        lines.append(f"| {verdict.guard.name} | {names or '**nobody**'} |")
+        rows[verdict.guard.name] = ", ".join(f"`{name}`" for name in verdict.names) or _NOBODY
     for judgement in judgements:
-        found = "**nobody**" if judgement.survived else f"`make chaos`: {judgement.said}"
-        lines.append(f"| `{judgement.sabotage}`, by the fault *{judgement.fault}* | {found} |")
-    return "\n".join(lines)
+        found = _NOBODY if judgement.survived else f"`make chaos`: {judgement.said}"
+        rows[f"`{judgement.sabotage}`"] = found
+    names = [*(guard.name for guard in GUARDS), *(f"`{name}`" for name in SABOTAGES)]
+    table = [f"| {name} | {rows[name]} |" for name in names if name in rows]
+    told = _told(len(table), sum(_NOBODY in row for row in table))
+    head = f"Run of {datetime.now(UTC):%Y-%m-%d}. **{told}.**"
+    return "\n".join([head, "", "| guard removed | caught by |", "|---|---|", *table])
 
 
 if __name__ == "__main__":

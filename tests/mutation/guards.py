@@ -70,12 +70,15 @@ _LOCKS = [
     Guard(
         "authorize_batch locks in sorted order",
         [Patch(SCHEMA, _AUTHORIZE_LOCK, _IN_ARRIVAL_ORDER + _AUTHORIZE_REST)],
-        [f"{AUTHORIZE}::test_concurrent_batches_never_hold_more_than_there_is", MODEL],
+        [
+            f"{SETTLE}::test_batches_lock_balances_in_one_order[authorize_batch]",
+            f"{AUTHORIZE}::test_concurrent_batches_never_hold_more_than_there_is",
+        ],
     ),
     Guard(
         "settle_batch locks in sorted order",
         [Patch(SCHEMA, _SETTLE_LOCK, _IN_ARRIVAL_ORDER + _SETTLE_REST)],
-        [MODEL],
+        [f"{SETTLE}::test_batches_lock_balances_in_one_order[settle_batch]"],
     ),
     Guard(
         "authorize_batch decides in a snapshot taken after its locks",
@@ -235,15 +238,15 @@ _DECISIONS = [
         [f"{AUTHORIZE}::test_key_and_account_are_judged_in_the_same_call", MODEL],
     ),
     Guard(
-        "a request settled twice in a batch is settled once",
+        "of two settlements of a request in a batch the first counts",
         [
             Patch(
                 SCHEMA,
-                "            SELECT DISTINCT ON (r.account_id, r.request_id) r.*",
-                "            SELECT r.*",
+                "            ORDER BY r.account_id, r.request_id, r.ordinality\n",
+                "            ORDER BY r.account_id, r.request_id, r.ordinality DESC\n",
             )
         ],
-        [f"{SETTLE}::test_a_batch_that_settles_one_request_twice_settles_it_once", MODEL],
+        [f"{SETTLE}::test_a_batch_that_settles_one_request_twice_settles_it_once"],
     ),
     Guard(
         "an expiry that lost against a heartbeat does nothing",
@@ -338,7 +341,7 @@ _CONSTRAINTS = [
                 "",
             )
         ],
-        [f"{SETTLE}::test_the_services_role_can_not_touch_the_books"],
+        [f"{SETTLE}::test_functions_can_be_called_by_nobody_but_whom_they_were_granted"],
     ),
     Guard(
         "the journal is append-only for its owner too",

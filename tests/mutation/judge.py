@@ -24,15 +24,14 @@ class Judgement:
     """What the judge said to a sabotaged service."""
 
     sabotage: str
-    fault: str
-    # The last line of its run.
+    # The last line of its run, with the fault that brought it to light.
     said: str
     survived: bool
 
 
-def judge_each() -> list[Judgement]:
-    """Run each sabotaged service through its fault."""
-    return [_judge(name, _FAULTS[name]) for name in SABOTAGES]
+def judge_each(only: str) -> list[Judgement]:
+    """Run each sabotaged service whose name holds `only` through its fault."""
+    return [_judge(name, _FAULTS[name]) for name in SABOTAGES if only in name]
 
 
 def _judge(sabotage: str, fault: str) -> Judgement:
@@ -54,4 +53,4 @@ def _judge(sabotage: str, fault: str) -> Judgement:
         for failing in ("lost", "doubled", "overspent")
         for number in "123456789"
     )
-    return Judgement(sabotage, fault, said, not has_found)
+    return Judgement(sabotage, f"{said} (after *{fault}*)", not has_found)

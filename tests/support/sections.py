@@ -12,3 +12,9 @@ def write_section(path: Path, name: str, text: str) -> None:
         msg = f"{path} lacks {begin} or {end}"
         raise ValueError(msg)
     path.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def read_section(path: Path, name: str) -> str:
+    """What was put there last; empty where nothing was."""
+    _, _, rest = path.read_text().partition(f"<!-- {name}: begin -->\n")
+    return rest.partition(f"<!-- {name}: end -->")[0].strip()

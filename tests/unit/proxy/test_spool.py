@@ -146,6 +146,12 @@ def test_file_that_another_process_took_for_abandoned_is_not_written_to(
     assert payloads(Spool(tmp_path))[-1:] == [b"kept"]
 
 
+def waiting_for(path: Path) -> int:
+    """How many wait for somebody else's lock on a file."""
+    locks = Path("/proc/locks").read_text().splitlines()
+    return sum("->" in line and f":{path.stat().st_ino} " in line for line in locks)
+
+
 def test_what_was_set_aside_is_dropped_without_losing_what_comes_meanwhile(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     path = tmp_path / "rejected.jsonl"
@@ -156,9 +162,11 @@ def test_what_was_set_aside_is_dropped_without_losing_what_comes_meanwhile(tmp_p
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with ThreadPoolExecutor(2) as threads:
-            # Both wait for the file; whoever is second finds another in its place.
+            # Both wait for the file; whoever is second may find another in its place.
             threads.submit(spool.forget_rejected, b"1")
             threads.submit(spool.set_aside, b"3")
+            while waiting_for(path) < 2:
+                pass
             fcntl.flock(held, fcntl.LOCK_UN)
 
     assert sorted(spool.rejected_payloads()) == [b"1", b"2", b"3"]
