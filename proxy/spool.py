@@ -75,12 +75,7 @@ class Spool:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_RDWR, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The name must survive a crash as well as the bytes.
-                directory = os.open(self._directory, os.O_RDONLY)
-                try:
-                    os.fsync(directory)
-                finally:
-                    os.close(directory)
+                self._sync_names()
             except BlockingIOError:
                 os.close(file)  # another process took it for abandoned before we had locked it
                 continue
@@ -92,6 +87,14 @@ class Spool:
                 continue
             self._file, self._path = file, path
         return self._file
+
+    def _sync_names(self) -> None:
+        # The name of a file must survive a crash as well as its bytes.
+        directory = os.open(self._directory, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
     def take(self) -> list["SpoolFile"]:
         """Files to be replayed: our own up to now, and those whose owner is gone; oldest first."""
@@ -132,6 +135,7 @@ class Spool:
             file.write(payload + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            self._sync_names()
 
     def rejected(self) -> int:
         """How many settlements were set aside and wait for a human."""

@@ -49,7 +49,9 @@ def whole_answers(
             connections=connections,
             seconds=seconds,
         )
-    requests = max(1, told["requests"])
+    if not told["requests"]:
+        raise BenchError(f"{contender.name} answered nothing in {seconds} s: make it more seconds")
+    requests = told["requests"]
     if contender.uses_ledger:
         stage.answered += told["requests"] - told["failures"]
     return WholeAnswers(

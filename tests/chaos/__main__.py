@@ -94,6 +94,8 @@ def _campaign(
             campaign = Campaign(stage, faults)
             for line in campaign.run_brief() if options.brief else campaign.run(seconds):
                 _say(line)
+                if options.sabotage and report.total([campaign]).failings:
+                    break  # it was found out
         finally:
             stage.close()
         return campaign

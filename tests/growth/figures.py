@@ -211,7 +211,7 @@ def _reads(figures: Figures) -> str:
                     f"{value:.2f} ms"
                     for value in (empty[read.name].p50_ms, read.p50_ms, read.p99_ms, read.max_ms)
                 ),
-                f"{read.server_ms:.2f} ms",
+                "" if read.server_ms is None else f"{read.server_ms:.2f} ms",
             )
             for read in figures.sides["grown"].reads
         ],

@@ -1,13 +1,15 @@
 """settle_batch, expire_holds, fund: every hold ends once, and money adds up."""
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import LiteralString
 
 import psycopg
 import pytest
 
 from proxy.ids import uuid7
-from tests.integration.money import NewAccount, capture, void, wait_for_waiters
+from tests.integration.money import Money, NewAccount, capture, void, wait_for_waiters
 
 
 def test_capture_takes_the_price_and_frees_the_hold(account: NewAccount) -> None:
@@ -175,6 +177,43 @@ def test_batches_lock_balances_in_one_order(account: NewAccount, function: str) 
             # It waits for the first of them, and so must not have taken the second.
             first.one(lock, second.account_id)
         assert {row[0] for row in told.result()} <= {"held", "captured"}
+
+
+@pytest.mark.parametrize("function", ["authorize_batch", "settle_batch", "fund"])
+def test_whoever_waited_sees_what_was_committed_meanwhile(
+    account: NewAccount, database_url: str, function: str
+) -> None:
+    money = account(funds=100)
+    again = money.request(40)
+    one, other = money.hold(10), money.hold(10)
+    # The same payment and the same request twice, and two requests of one account.
+    sent = ("grant", 5, "p")
+    calls: dict[str, tuple[LiteralString, Sequence[object], Sequence[object], str]] = {
+        "authorize_batch": (
+            *("SELECT outcome FROM authorize_batch(%s)", [json.dumps([again])]),
+            *([json.dumps([again])], "exists"),
+        ),
+        "settle_batch": (
+            *("SELECT outcome FROM settle_batch(%s)", [json.dumps([capture(one, 7)])]),
+            *([json.dumps([capture(other, 8)])], "captured"),
+        ),
+        "fund": (
+            "SELECT outcome FROM fund(%s, %s, %s, %s, 'test', %s, 'why', 'me')",
+            [money.account_id, uuid7(), *sent],
+            [money.account_id, uuid7(), *sent],
+            "exists",
+        ),
+    }
+    query, first, second, outcome = calls[function]
+    client = Money(database_url)
+    with ThreadPoolExecutor(1) as thread:
+        with money.connection.transaction():
+            money.all(query, *first)
+            told = thread.submit(client.all, query, *second)
+            wait_for_waiters(money, 1)
+        assert told.result() == [(outcome,)]
+    client.connection.close()
+    money.kinds()  # and that they are numbered without a gap
 
 
 def test_unknown_cost_is_a_state_and_never_a_price_of_zero(account: NewAccount) -> None:

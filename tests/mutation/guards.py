@@ -15,6 +15,8 @@ IDEMPOTENCY = "tests/integration/test_idempotency.py"
 WITNESS = "tests/integration/test_witness_sql.py"
 SETTLE = "tests/integration/test_settle.py"
 MODEL = "tests/property/test_ledger_model.py::test_ledger_does_what_the_model_foretells"
+# A test of each of the three functions that move money.
+_AFTER = "test_whoever_waited_sees_what_was_committed_meanwhile"
 
 
 class Patch(NamedTuple):
@@ -101,10 +103,12 @@ _LOCKS = [
                 "        LEFT JOIN accounts",
             ),
         ],
-        [f"{AUTHORIZE}::test_concurrent_batches_never_hold_more_than_there_is", MODEL],
+        [f"{SETTLE}::{_AFTER}[authorize_batch]", MODEL],
     ),
     Guard(
-        "settle_batch locks before it reads", [Patch(SCHEMA, _SETTLE_LOCK, _SETTLE_REST)], [MODEL]
+        "settle_batch locks before it reads",
+        [Patch(SCHEMA, _SETTLE_LOCK, _SETTLE_REST)],
+        [f"{SETTLE}::{_AFTER}[settle_batch]", MODEL],
     ),
     Guard(
         "fund locks the balance",
@@ -117,7 +121,7 @@ _LOCKS = [
                 "    WHERE b.account_id = p_account_id;\n    IF NOT FOUND",
             )
         ],
-        [MODEL],
+        [f"{SETTLE}::{_AFTER}[fund]", MODEL],
     ),
     Guard(
         "late settlements lock usage rows in sorted order",
@@ -372,12 +376,12 @@ _DURABILITY = [
                 "            except OSError:",
             )
         ],
-        [f"{_SPOOL}::test_append_is_on_disk_before_it_returns"],
+        [f"{_SPOOL}::test_what_is_written_is_on_disk_before_it_returns_and_so_is_its_name"],
     ),
     Guard(
         "the name of a spool's file is on disk (fsync of the directory)",
         [Patch("proxy/spool.py", "os.fsync(directory)", "pass")],
-        [f"{_SPOOL}::test_append_is_on_disk_before_it_returns"],
+        [f"{_SPOOL}::test_what_is_written_is_on_disk_before_it_returns_and_so_is_its_name"],
     ),
     Guard(
         "half a batch does not stay in the spool",
@@ -434,8 +438,8 @@ _DURABILITY = [
 
 _DOORS = [
     Guard(
-        "a body may not say where LiteLLM calls (api_base)",
-        [Patch("proxy/firewall.py", "    api_key api_base api_version", "    api_key api_version")],
+        "a body may not say where LiteLLM calls (custom_llm_provider)",
+        [Patch("proxy/firewall.py", "    custom_llm_provider models engine", "    models engine")],
         ["tests/unit/proxy/test_firewall.py"],
     ),
     Guard(

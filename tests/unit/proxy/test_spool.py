@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,19 +58,31 @@ def test_append_after_take_goes_to_a_new_file(tmp_path: Path) -> None:
     assert payloads(spool) == [b"2"]
 
 
-def test_append_is_on_disk_before_it_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("write", ["append", "set_aside"])
+def test_what_is_written_is_on_disk_before_it_returns_and_so_is_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
-    synced: list[int] = []
+    files: list[int] = []
+    directories: list[int] = []
     real = os.fsync
 
     def fsync(file: int) -> None:
-        synced.append(os.fstat(file).st_size)
+        status = os.fstat(file)
+        if stat.S_ISDIR(status.st_mode):
+            directories.append(status.st_ino)
+        else:
+            files.append(status.st_size)
         real(file)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    Spool(tmp_path).append([b"payload"])
-    assert synced[-1] == len(encode_line(b"payload"))
+    spool = Spool(tmp_path)
+    if write == "append":
+        spool.append([b"payload"])
+        assert files == [len(encode_line(b"payload"))]
+    else:
+        spool.set_aside(b"payload")
+        assert files == [len(b"payload\n")]
+    assert directories == [tmp_path.stat().st_ino]
 
 
 def test_half_written_batch_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
