@@ -178,12 +178,14 @@ class Settler:
 
     async def _replay_file(self, file: SpoolFile) -> int:
         payloads = await asyncio.to_thread(file.payloads)
-        items = [
-            _Item(msgspec.json.decode(payload, type=Settlement), payload) for payload in payloads
-        ]
-        for start in range(0, len(items), _REPLAY_BATCH):
-            await self._post(self._replay_session, items[start : start + _REPLAY_BATCH])
-        return len(items)
+        for start in range(0, len(payloads), _REPLAY_BATCH):
+            # Decoded by the batch: where PostgreSQL is still away, only the first of many is.
+            items = [
+                _Item(msgspec.json.decode(payload, type=Settlement), payload)
+                for payload in payloads[start : start + _REPLAY_BATCH]
+            ]
+            await self._post(self._replay_session, items)
+        return len(payloads)
 
     async def run(self, *, interval_s: float = 1.0) -> None:
         """Replay at start and whenever there is something, until cancelled."""

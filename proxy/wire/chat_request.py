@@ -14,6 +14,8 @@ MAX_CHOICES = 128
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 _NO_MESSAGES = raw([])
+# A short body is read once more in a fraction of the time that its members take one by one.
+_MOST_READ_TWICE = 8192
 _Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] | None
 
 
@@ -38,10 +40,7 @@ _decode_plain = msgspec.json.Decoder(_Plain).decode
 def parse_chat_request(body: bytes) -> Request:
     """Read a body; raises InvalidRequestError, with the parameter that is wrong."""
     fields = read_body(body)
-    try:
-        asked = _decode_plain(body)
-    except UNREADABLE:
-        asked = _checked(fields)
+    asked = _asked(body, fields)
     model = checked_model(asked.model)
     media = count_media(asked.messages)
     limits = (asked.max_completion_tokens, asked.max_tokens)
@@ -67,6 +66,15 @@ def parse_chat_request(body: bytes) -> Request:
         service_tier=asked.service_tier,
         text=asked.messages,
     )
+
+
+def _asked(body: bytes, fields: Fields) -> _Plain:
+    if len(body) > _MOST_READ_TWICE:
+        return _checked(fields)
+    try:
+        return _decode_plain(body)
+    except UNREADABLE:
+        return _checked(fields)
 
 
 def _checked(fields: Fields) -> _Plain:

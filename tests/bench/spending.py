@@ -3,7 +3,6 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,42 +34,43 @@ class Spent:
 def spending(stage: Stage, contender: Contender) -> Generator[Spent]:
     """Fill in, at its end, what the time inside the context took."""
     spent = Spent()
-    before = _Counters.of(stage, contender)
+    # Asking for metrics takes time of the proxy and PostgreSQL too: outside of what is counted.
+    calls_before = _ledger_calls(contender)
     forget_peak(contender.pid)
+    cpu_before, postgres_before = cpu_by_process(contender.pid), cpu_seconds(stage.postgres_pid())
     yield spent
+    cpu_after, postgres_after = cpu_by_process(contender.pid), cpu_seconds(stage.postgres_pid())
     spent.peak_mb = peak_mb(contender.pid)
-    after = _Counters.of(stage, contender)
-    used = {pid: cpu - before.cpu.get(pid, 0) for pid, cpu in after.cpu.items()}
-    spent.proxy_s, spent.busiest_s = sum(used.values()), max(used.values())
+    used = [cpu - cpu_before.get(pid, 0) for pid, cpu in cpu_after.items()]
+    spent.proxy_s, spent.busiest_s = sum(used), max(used)
     if contender.uses_ledger:
-        spent.postgres_s = after.postgres_s - before.postgres_s
-        spent.batches = {
-            call: round((items - before.items.get(call, 0)) / calls, 2)
-            for call, items in after.items.items()
-            if (calls := after.calls[call] - before.calls.get(call, 0))
-        }
+        spent.postgres_s = postgres_after - postgres_before
+        spent.batches = {}
+        for call, after in _ledger_calls(contender).items():
+            before = calls_before.get(call, _Calls())
+            if count := after.count - before.count:
+                spent.batches[call] = round((after.items - before.items) / count, 2)
 
 
-@dataclass(frozen=True)
-class _Counters:
-    cpu: dict[int, float]
-    postgres_s: float
-    items: dict[str, float]
-    calls: dict[str, float]
+@dataclass
+class _Calls:
+    """How often the ledger was called, and for how many requests."""
 
-    @classmethod
-    def of(cls, stage: Stage, contender: Contender) -> Self:
-        items: dict[str, float] = {}
-        calls: dict[str, float] = {}
-        if contender.uses_ledger:
-            answer = httpx.get(f"{contender.url}/metrics", timeout=10, trust_env=False)
-            if answer.status_code != 200:
-                raise BenchError(f"/metrics answers {answer.status_code}: {answer.text[:500]}")
-            for family in text_string_to_metric_families(answer.text):
-                for sample in family.samples:
-                    if sample.name == "tallygate_batch_size_sum":
-                        items[sample.labels["call"]] = sample.value
-                    elif sample.name == "tallygate_batch_size_count":
-                        calls[sample.labels["call"]] = sample.value
-        cpu = cpu_by_process(contender.pid)
-        return cls(cpu, cpu_seconds(stage.postgres_pid()), items, calls)
+    count: float = 0
+    items: float = 0
+
+
+def _ledger_calls(contender: Contender) -> dict[str, _Calls]:
+    found: dict[str, _Calls] = {}
+    if not contender.uses_ledger:
+        return found
+    answer = httpx.get(f"{contender.url}/metrics", timeout=10, trust_env=False)
+    if answer.status_code != 200:
+        raise BenchError(f"/metrics answers {answer.status_code}: {answer.text[:500]}")
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name == "tallygate_batch_size_sum":
+                found.setdefault(sample.labels["call"], _Calls()).items = sample.value
+            elif sample.name == "tallygate_batch_size_count":
+                found.setdefault(sample.labels["call"], _Calls()).count = sample.value
+    return found

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import LiteralString
 
 import psycopg
 import pytest
@@ -184,27 +183,17 @@ def test_whoever_waited_sees_what_was_committed_meanwhile(
     account: NewAccount, database_url: str, function: str
 ) -> None:
     money = account(funds=100)
-    again = money.request(40)
-    one, other = money.hold(10), money.hold(10)
-    # The same payment and the same request twice, and two requests of one account.
-    sent = ("grant", 5, "p")
-    calls: dict[str, tuple[LiteralString, Sequence[object], Sequence[object], str]] = {
-        "authorize_batch": (
-            *("SELECT outcome FROM authorize_batch(%s)", [json.dumps([again])]),
-            *([json.dumps([again])], "exists"),
-        ),
-        "settle_batch": (
-            *("SELECT outcome FROM settle_batch(%s)", [json.dumps([capture(one, 7)])]),
-            *([json.dumps([capture(other, 8)])], "captured"),
-        ),
-        "fund": (
-            "SELECT outcome FROM fund(%s, %s, %s, %s, 'test', %s, 'why', 'me')",
-            [money.account_id, uuid7(), *sent],
-            [money.account_id, uuid7(), *sent],
-            "exists",
-        ),
+    asked = json.dumps([money.request(40)])
+    ends = [json.dumps([capture(money.hold(10), price)]) for price in (7, 8)]
+    payment = [(money.account_id, uuid7(), "grant", 5, "test", "p", "why", "me") for _ in "12"]
+    # The same request and the same payment twice, and two requests of one account.
+    calls: dict[str, tuple[str, Sequence[object], Sequence[object], str]] = {
+        "authorize_batch": ("(%s)", [asked], [asked], "exists"),
+        "settle_batch": ("(%s)", ends[:1], ends[1:], "captured"),
+        "fund": ("(%s, %s, %s, %s, %s, %s, %s, %s)", payment[0], payment[1], "exists"),
     }
-    query, first, second, outcome = calls[function]
+    parameters, first, second, outcome = calls[function]
+    query = f"SELECT outcome FROM {function}{parameters}"
     client = Money(database_url)
     with ThreadPoolExecutor(1) as thread:
         with money.connection.transaction():
