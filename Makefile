@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-WORKERS ?= 3
+WORKERS ?= 4
 # The clients that the tests of the SDKs run in Node, which comes from the lock as well.
 CLIENTS := tests/e2e/clients
 CLIENTS_STAMP := $(VENV)/clients/.installed

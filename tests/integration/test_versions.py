@@ -11,7 +11,7 @@ from tests.support.service import ROOT
 
 _OLDEST = "15"
 # What decides about money. All the tests run there with TEST_POSTGRES_VERSION=15, by hand.
-_CORE = ("authorize", "settle", "holds_and_time", "idempotency", "migrations")
+_CORE = ("authorize", "settle", "holds_and_time")
 
 
 @pytest.mark.timeout(300)
