@@ -112,9 +112,9 @@ class Usage:
         counts = _all_counts(self)
         # At a glance first: this is made for every answer. `type` because True is no number here.
         if set(map(type, counts)) != _INTEGERS or min(counts) < 0 or max(counts) > MAX_TOKENS:
-            for name, count in zip(Usage.__slots__, counts, strict=True):
-                if type(count) is not int or not 0 <= count <= MAX_TOKENS:
-                    raise UsageUnknownError(f"{name} must be an integer between 0 and {MAX_TOKENS}")
+            named = zip(Usage.__slots__, counts, strict=True)
+            wrong = [n for n, c in named if type(c) is not int or not 0 <= c <= MAX_TOKENS]
+            raise UsageUnknownError(f"{wrong[0]} must be an integer between 0 and {MAX_TOKENS}")
         if any(_all_parts(self)):
             for name, whole in _PARTS.items():
                 count, most = getattr(self, name), getattr(self, whole)
