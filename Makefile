@@ -12,6 +12,8 @@ CLIENTS_STAMP := $(VENV)/clients/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Trust the authorities that the machine trusts, as pip does.
 export UV_SYSTEM_CERTS = 1
+# npm writes no addresses into its locks.
+export npm_config_omit_lockfile_registry_resolved = true
 
 .PHONY: up test check bench soak chaos mutation growth growth-memory lock clean
 .DEFAULT_GOAL := check
@@ -68,8 +70,8 @@ lock: $(STAMP)
 		--extra embedded --group dev --output-file requirements.lock
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml $(LOCK_FLAGS) \
 		--constraint requirements.lock --output-file requirements-proxy.lock
-	$(NPM) install --prefix $(CLIENTS) --package-lock-only --omit-lockfile-registry-resolved
-	$(NPM) install --prefix tests/bench/portkey --package-lock-only --omit-lockfile-registry-resolved
+	$(NPM) install --prefix $(CLIENTS) --package-lock-only
+	$(NPM) install --prefix tests/bench/portkey --package-lock-only
 
 LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header

@@ -9,7 +9,6 @@ standard ones counts, because the provider may serve another tier than was asked
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -30,15 +29,6 @@ _MADE = frozenset({"images", "input_characters"})
 MAX_OUTPUT_TOKENS = 10**9
 
 
-@dataclass(frozen=True, slots=True)
-class Ceiling:
-    """The most tokens that a request can use, and their cost; None where a price is missing."""
-
-    input_tokens: int
-    output_tokens: int
-    cost_picos: int | None
-
-
 @lru_cache
 def possible_classes(
     *, audio: bool = True, images: bool = True, one_hour_cache: bool = True
@@ -55,41 +45,6 @@ def possible_classes(
     if not one_hour_cache:
         impossible.add(TokenClass.CACHE_CREATION_1H)
     return ALL_CLASSES - impossible
-
-
-def ceiling_usage(
-    prices: ModelPrices | None,
-    *,
-    prompt_bytes: int,
-    attachment_tokens: int = 0,
-    max_input_tokens: int | None,
-    output_limit: int,
-    n: int = 1,
-    classes: frozenset[TokenClass] = ALL_CLASSES,
-    searches: int = 0,
-    units: Mapping[str, int] = NO_UNITS,
-    service_tier: str | None = None,
-) -> Ceiling:
-    """Bound the tokens of a request.
-
-    `prompt_bytes` are the UTF-8 bytes that can become tokens, `attachment_tokens` the allowance
-    for images, sound and files, `max_input_tokens` the model's context window (None or 0:
-    unknown), `output_limit` the tokens that each of the `n` choices may have.
-    """
-    input_tokens = prompt_bytes + attachment_tokens
-    if max_input_tokens:
-        input_tokens = min(input_tokens, max_input_tokens)
-    output_tokens = n * output_limit
-    cost_picos = ceiling_cost(
-        prices,
-        input_tokens,
-        output_tokens,
-        classes=classes,
-        searches=searches,
-        units=units,
-        service_tier=service_tier,
-    )
-    return Ceiling(input_tokens, output_tokens, cost_picos)
 
 
 def ceiling_cost(

@@ -48,7 +48,6 @@ class Admitted(msgspec.Struct, frozen=True):
     model: Model
     rule: Rule
     published: PublishedBook
-    hold_nanos: int
     provider_key: str | None
     # The limit to send in place of the client's: what the balance affords, or the model can say.
     output_limit: int | None
@@ -128,7 +127,6 @@ class Admission:
             model=plan.model,
             rule=plan.rule,
             published=plan.published,
-            hold_nanos=plan.price_nanos,
             provider_key=plan.provider_key,
             output_limit=plan.sent_output_limit,
             headers=rate_limit_headers(authorization),

@@ -36,7 +36,6 @@ class Model:
     max_output_tokens: int | None
     mode: str | None
     provider: str | None
-    supports_reasoning: bool
     has_one_deployment: bool = True
     deployments: Mapping[str, ModelPrices | None] = field(
         default_factory=dict[str, ModelPrices | None]
@@ -154,7 +153,6 @@ def _model(
         max_output_tokens=_largest(infos, "max_output_tokens", "max_tokens"),
         mode=next((str(info["mode"]) for info in infos if info.get("mode")), None),
         provider=providers.pop() if len(providers) == 1 else None,
-        supports_reasoning=any(info.get("supports_reasoning") for info in infos),
         has_one_deployment=len(infos) == 1,
         deployments={
             str(info["id"]): own for info, own in zip(infos, prices, strict=True) if "id" in info

@@ -2,11 +2,9 @@ import pytest
 
 from pricing.estimate import (
     MAX_OUTPUT_TOKENS,
-    Ceiling,
     affordable_output_tokens,
     ceiling_cost,
     ceiling_price,
-    ceiling_usage,
     likely_price,
     possible_classes,
 )
@@ -87,21 +85,6 @@ def test_classes_that_a_request_cannot_have_are_left_out() -> None:
     }
 
 
-@pytest.mark.parametrize("context, input_tokens", [(None, 60), (0, 60), (59, 59), (61, 60)])
-def test_a_token_is_at_least_a_byte_and_the_context_window_bounds_them(
-    context: int | None, input_tokens: int
-) -> None:
-    ceiling = ceiling_usage(
-        FREE,
-        prompt_bytes=50,
-        attachment_tokens=10,
-        max_input_tokens=context,
-        output_limit=7,
-        n=3,
-    )
-    assert ceiling == Ceiling(input_tokens, 21, 0)
-
-
 def test_the_ceiling_is_sold_by_the_rule() -> None:
     assert price(TWICE, PRICES, 100, 10) == 520
     assert price(FLAT, PRICES, 100, 10) == CREDIT
@@ -177,10 +160,6 @@ def test_free_output_is_affordable_up_to_the_limit() -> None:
 def test_units_have_a_ceiling_beside_the_tokens(units: dict[str, int], picos: int) -> None:
     assert ceiling_cost(MEDIA, 10, 2, units=units) == 10_000 + 10_000 + picos
     assert ceiling_cost(UNITS_ONLY, 0, 0, units=units) == picos
-    ceiling = ceiling_usage(
-        MEDIA, prompt_bytes=10, max_input_tokens=None, output_limit=2, units=units
-    )
-    assert ceiling.cost_picos == 20_000 + picos
 
 
 def test_tokens_do_not_matter_where_units_pay_for_everything() -> None:

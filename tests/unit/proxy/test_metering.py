@@ -68,7 +68,6 @@ def admitted(
         model=read_models(rows, ["m"])["m"],
         rule=book.default,
         published=PublishedBook(1, book, 1_000_000),
-        hold_nanos=1,
         provider_key=own_key,
         output_limit=None,
     )
