@@ -39,7 +39,7 @@ CREATE TABLE meta (
     name text PRIMARY KEY,
     value text NOT NULL
 );
-INSERT INTO meta VALUES ('schema_version', '4');
+INSERT INTO meta VALUES ('schema_version', '11');
 
 CREATE TABLE price_books (
     version integer PRIMARY KEY CHECK (version > 0),
@@ -80,7 +80,25 @@ CREATE TABLE accounts (
     version integer NOT NULL DEFAULT 1,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- Whether an SDK's own retry of a charged request gets the same answer again, uncharged.
-    replay_retries boolean NOT NULL DEFAULT true
+    replay_retries boolean NOT NULL DEFAULT true,
+    -- What of its tier does not hold for this account: the members of a tier in config.yaml.
+    overrides jsonb NOT NULL DEFAULT '{}',
+    -- An event tells the operator when less is left: see watch_page. NULL for no such event.
+    low_balance_threshold bigint CHECK (low_balance_threshold > 0),
+    erased_at timestamptz
+);
+
+-- What an account's keys are grouped by. Archiving one revokes its keys.
+CREATE TABLE projects (
+    account_id uuid NOT NULL,
+    project_id uuid NOT NULL,
+    name text NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
+    status text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'archived')),
+    budget bigint CHECK (budget > 0),
+    budget_period text NOT NULL DEFAULT 'total' CHECK (budget_period IN ('day', 'month', 'total')),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    archived_at timestamptz,
+    PRIMARY KEY (account_id, project_id)
 );
 
 CREATE TABLE virtual_keys (
@@ -103,15 +121,23 @@ CREATE TABLE virtual_keys (
     is_limited boolean NOT NULL GENERATED ALWAYS AS (
         coalesce(requests_per_minute, tokens_per_minute, max_concurrency, budget) IS NOT NULL
     ) STORED,
+    -- What it is good for: see proxy/principals.py.
+    role text NOT NULL DEFAULT 'inference' CHECK (role IN ('inference', 'read-only', 'manage')),
+    project_id uuid,
+    allowed_endpoints text[],
+    allowed_networks cidr[],
+    -- The key that is to be used in its place.
+    replaced_by uuid,
     PRIMARY KEY (account_id, key_id)
 );
 CREATE INDEX virtual_keys_by_hash ON virtual_keys (key_hash);
 
--- What a limited key has used in the running minute and budget period. A row exists for every key;
--- it is touched only for keys that have a limit, and only under the lock of the balance row.
-CREATE TABLE key_counters (
+-- What a scope of limits has used in the running minute and budget period: a key, a project, or an
+-- account as a whole, each by its id. A row exists for every one of them; it is touched only where
+-- there is a limit, and only under the lock of the balance row.
+CREATE TABLE scope_counters (
     account_id uuid NOT NULL,
-    key_id uuid NOT NULL,
+    scope_id uuid NOT NULL,
     minute timestamptz NOT NULL DEFAULT 'epoch',
     requests integer NOT NULL DEFAULT 0,
     tokens bigint NOT NULL DEFAULT 0,
@@ -119,7 +145,7 @@ CREATE TABLE key_counters (
     reserved bigint NOT NULL DEFAULT 0 CHECK (reserved >= 0),
     period timestamptz NOT NULL DEFAULT 'epoch',
     spent bigint NOT NULL DEFAULT 0,
-    PRIMARY KEY (account_id, key_id)
+    PRIMARY KEY (account_id, scope_id)
 ) WITH (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
 
 -- ---------------------------------------------------------------------------------------------
@@ -145,7 +171,7 @@ CREATE TABLE open_holds (
     key_id uuid NOT NULL,
     amount bigint NOT NULL CHECK (amount >= 0),
     tokens bigint NOT NULL DEFAULT 0 CHECK (tokens >= 0),
-    -- The minute whose counters this hold is in; NULL where the key had no limit.
+    -- The minute whose counters this hold is in; NULL where nothing limited it.
     minute timestamptz,
     expires_at timestamptz NOT NULL,
     created_at timestamptz NOT NULL,
@@ -155,6 +181,9 @@ CREATE TABLE open_holds (
     streamed boolean NOT NULL,
     byok boolean NOT NULL,
     price_version integer NOT NULL,
+    project_id uuid,
+    -- Whose counters it is in; NULL where nothing limited it.
+    scopes uuid[],
     PRIMARY KEY (account_id, request_id)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 CREATE INDEX open_holds_by_expiry ON open_holds (expires_at);
@@ -263,6 +292,10 @@ CREATE TABLE usage (
     witness_picos bigint CHECK (witness_picos >= 0),
     -- What an operator decided at resolved_at. A price set by hand has the rule 'review'.
     resolution text CHECK (resolution IN ('charge', 'waive', 'reprice')),
+    -- The project of its key at that time.
+    project_id uuid,
+    -- How many of a metered action, which `model` names.
+    quantity bigint CHECK (quantity > 0),
     PRIMARY KEY (account_id, request_id),
     -- An unknown cost is a state of its own and never a price of zero.
     CONSTRAINT usage_billed_has_price CHECK ((status IN ('billed', 'byok')) = (price IS NOT NULL)),
@@ -420,6 +453,14 @@ CREATE TABLE carried_seams (
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
+    -- Nothing but erase_account sets this. Whatever the statement says, names go and the rest stays.
+    IF TG_OP = 'UPDATE' AND TG_TABLE_NAME = 'audit_trail' THEN
+        IF current_setting('tallygate.erasing', true) = OLD.account_id::text THEN
+            NEW := OLD;
+            NEW.detail := tallygate.without_names(OLD.detail);
+            RETURN NEW;
+        END IF;
+    END IF;
     RAISE EXCEPTION '% is append-only: correct it with a reversal', TG_TABLE_NAME
         USING ERRCODE = 'restrict_violation';
 END $$;
@@ -495,37 +536,50 @@ SELECT ensure_partitions(now() - interval '1 month', 4);
 -- ---------------------------------------------------------------------------------------------
 
 -- Running state of one account while its requests of a batch are walked in arrival order. The
--- arrays are indexed by the key's number within the account, and stay NULL without limited keys.
+-- arrays are indexed by the number of the key or project within the account, and stay NULL where
+-- none is limited.
 CREATE TYPE admission AS (
     outcome text,
     held bigint,
     holds integer,
+    tokens bigint,
     key_requests integer[],
     key_tokens bigint[],
-    key_reserved bigint[]
+    key_reserved bigint[],
+    project_reserved bigint[]
 );
 
 -- One step of the walk: a request is admitted if it fits into what those before it have left, so
 -- that one too large does not refuse the ones behind it. NULL for a limit means there is none.
 CREATE FUNCTION admission_step(
-    p_state admission, p_key integer, p_is_limited boolean, p_amount bigint, p_tokens bigint,
-    p_available bigint, p_requests_left integer, p_tokens_left bigint, p_holds_left integer,
-    p_budget_left bigint
+    p_state admission, p_key integer, p_project integer, p_is_limited boolean, p_amount bigint,
+    p_tokens bigint, p_available bigint, p_requests_left integer, p_tokens_left bigint,
+    p_holds_left integer, p_budget_left bigint, p_project_budget_left bigint,
+    p_account_requests_left integer, p_account_tokens_left bigint, p_account_holds_left integer
 ) RETURNS admission LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
     v_requests integer := 0;
     v_tokens bigint := 0;
     v_reserved bigint := 0;
+    v_project bigint := 0;
 BEGIN
     IF p_is_limited THEN
         v_requests := coalesce(p_state.key_requests[p_key], 0);
         v_tokens := coalesce(p_state.key_tokens[p_key], 0);
         v_reserved := coalesce(p_state.key_reserved[p_key], 0);
+        IF p_project_budget_left IS NOT NULL THEN
+            v_project := coalesce(p_state.project_reserved[p_project], 0);
+        END IF;
         p_state.outcome := CASE
             WHEN v_requests + 1 > p_requests_left THEN 'requests_per_minute'
             WHEN v_tokens + p_tokens > p_tokens_left THEN 'tokens_per_minute'
             WHEN v_requests + 1 > p_holds_left THEN 'max_concurrency'
+            WHEN p_state.holds + 1 > p_account_requests_left THEN 'account_requests_per_minute'
+            WHEN p_state.tokens + p_tokens > p_account_tokens_left THEN 'account_tokens_per_minute'
+            WHEN p_state.holds + 1 > p_account_holds_left THEN 'account_max_concurrency'
             WHEN p_amount > 0 AND v_reserved + p_amount > p_budget_left THEN 'budget_exceeded'
+            WHEN p_amount > 0 AND v_project + p_amount > p_project_budget_left
+            THEN 'project_budget_exceeded'
         END;
         IF p_state.outcome IS NOT NULL THEN
             RETURN p_state;
@@ -540,15 +594,20 @@ BEGIN
         p_state.key_requests[p_key] := v_requests + 1;
         p_state.key_tokens[p_key] := v_tokens + p_tokens;
         p_state.key_reserved[p_key] := v_reserved + p_amount;
+        IF p_project_budget_left IS NOT NULL THEN
+            p_state.project_reserved[p_project] := v_project + p_amount;
+        END IF;
     END IF;
     p_state.held := p_state.held + p_amount;
     p_state.holds := p_state.holds + 1;
+    p_state.tokens := p_state.tokens + p_tokens;
     p_state.outcome := 'held';
     RETURN p_state;
 END $$;
 CREATE AGGREGATE admission_walk (
-    integer, boolean, bigint, bigint, bigint, integer, bigint, integer, bigint
-) (SFUNC = admission_step, STYPE = admission, INITCOND = '(,0,0,,,)');
+    integer, integer, boolean, bigint, bigint, bigint, integer, bigint, integer, bigint, bigint,
+    integer, bigint, integer
+) (SFUNC = admission_step, STYPE = admission, INITCOND = '(,0,0,0,,,,)');
 
 -- Where a budget period began.
 CREATE FUNCTION period_start(p_period text, p_at timestamptz) RETURNS timestamptz
@@ -561,8 +620,10 @@ END;
 -- Decide a batch of requests and place their holds.
 --
 -- p_batch is a JSON array of {account_id, request_id, key_id, version, amount, tokens, ttl_s,
--- endpoint, model, tier, streamed, byok, price_version}. `version` is the sum of the account's and
--- the key's version as the proxy knows them. Answers a row for each, in order:
+-- endpoint, model, tier, streamed, byok, price_version, account_requests_per_minute,
+-- account_tokens_per_minute, account_max_concurrency}. `version` is the sum of the account's and
+-- the key's version as the proxy knows them; the last three are the limits of the account's tier,
+-- left out where there are none. Answers a row for each, in order:
 --
 --   held                   the hold stands
 --   exists                 this request already has its hold: a replay after a lost answer
@@ -571,8 +632,10 @@ END;
 --   conflict               it has one of another amount
 --   stale                  the proxy's copy of account or key is outdated: read it and ask again
 --   unknown_key, key_revoked, key_expired, account_suspended, account_closed
---   insufficient_credits, budget_exceeded
---   requests_per_minute, tokens_per_minute, max_concurrency
+--   insufficient_credits, budget_exceeded, project_budget_exceeded
+--   requests_per_minute, tokens_per_minute, max_concurrency, and the same with account_ before them
+--
+-- Of a key's limits and the account's, those that leave less are told.
 CREATE FUNCTION authorize_batch(p_batch json)
 RETURNS TABLE (
     ord integer, outcome text, available bigint, budget_left bigint,
@@ -607,23 +670,46 @@ BEGIN
         SELECT
             r.*,
             row_number() OVER (PARTITION BY r.account_id, r.request_id ORDER BY r.ord) AS nth,
-            dense_rank() OVER (PARTITION BY r.account_id ORDER BY r.key_id)::integer AS key_number
+            dense_rank() OVER (PARTITION BY r.account_id ORDER BY r.key_id)::integer AS key_number,
+            num_nonnulls(
+                r.account_requests_per_minute, r.account_tokens_per_minute,
+                r.account_max_concurrency
+            ) > 0 AS is_account_limited
         FROM ROWS FROM (
             json_to_recordset(p_batch) AS (
                 account_id uuid, request_id uuid, key_id uuid, version integer, amount bigint,
                 tokens bigint, ttl_s integer, endpoint text, model text, tier text,
-                streamed boolean, byok boolean, price_version integer
+                streamed boolean, byok boolean, price_version integer,
+                account_requests_per_minute integer, account_tokens_per_minute bigint,
+                account_max_concurrency integer
             )
         ) WITH ORDINALITY AS r(
             account_id, request_id, key_id, version, amount, tokens, ttl_s, endpoint, model, tier,
-            streamed, byok, price_version, ord
+            streamed, byok, price_version, account_requests_per_minute, account_tokens_per_minute,
+            account_max_concurrency, ord
         )
     ),
     known AS MATERIALIZED (
         SELECT
             a.*,
             b.posted, b.reserved, b.seq, b.posted - b.reserved + b.credit_limit AS funds,
-            k.is_limited, k.requests_per_minute, k.tokens_per_minute,
+            k.requests_per_minute, k.tokens_per_minute, k.project_id,
+            k.is_limited OR a.is_account_limited OR p.budget IS NOT NULL AS is_limited,
+            nullif(
+                array_remove(
+                    ARRAY[
+                        CASE WHEN k.is_limited THEN k.key_id END,
+                        CASE WHEN p.budget IS NOT NULL THEN p.project_id END,
+                        CASE WHEN a.is_account_limited THEN a.account_id END
+                    ],
+                    NULL
+                ),
+                '{}'
+            ) AS scopes,
+            CASE
+                WHEN p.budget IS NOT NULL
+                THEN dense_rank() OVER (PARTITION BY a.account_id ORDER BY p.project_id)
+            END::integer AS project_number,
             k.requests_per_minute
             - CASE WHEN c.minute = v_minute THEN c.requests ELSE 0 END AS requests_free,
             k.tokens_per_minute
@@ -632,6 +718,14 @@ BEGIN
             k.budget - c.reserved - CASE
                 WHEN c.period = period_start(k.budget_period, v_now) THEN c.spent ELSE 0
             END AS budget_free,
+            p.budget - cp.reserved - CASE
+                WHEN cp.period = period_start(p.budget_period, v_now) THEN cp.spent ELSE 0
+            END AS project_budget_free,
+            a.account_requests_per_minute
+            - CASE WHEN ca.minute = v_minute THEN ca.requests ELSE 0 END AS account_requests_free,
+            a.account_tokens_per_minute
+            - CASE WHEN ca.minute = v_minute THEN ca.tokens ELSE 0 END AS account_tokens_free,
+            a.account_max_concurrency - ca.holds AS account_holds_free,
             CASE
                 WHEN e.amount IS NOT NULL THEN CASE
                     WHEN e.amount <> a.amount THEN 'conflict'
@@ -649,8 +743,15 @@ BEGIN
         LEFT JOIN balances AS b ON a.account_id = b.account_id
         LEFT JOIN accounts AS o ON a.account_id = o.account_id
         LEFT JOIN virtual_keys AS k ON a.account_id = k.account_id AND a.key_id = k.key_id
-        LEFT JOIN key_counters AS c
-            ON k.is_limited AND k.account_id = c.account_id AND k.key_id = c.key_id
+        LEFT JOIN projects AS p ON k.account_id = p.account_id AND k.project_id = p.project_id
+        LEFT JOIN scope_counters AS c
+            ON k.is_limited AND k.account_id = c.account_id AND k.key_id = c.scope_id
+        LEFT JOIN scope_counters AS cp
+            ON p.budget IS NOT NULL
+            AND p.account_id = cp.account_id AND p.project_id = cp.scope_id
+        LEFT JOIN scope_counters AS ca
+            ON a.is_account_limited
+            AND a.account_id = ca.account_id AND a.account_id = ca.scope_id
         -- The bounds let the executor open the partitions of this batch only.
         LEFT JOIN entries AS e
             ON a.account_id = e.account_id AND a.request_id = e.request_id AND e.phase = 0
@@ -662,8 +763,10 @@ BEGIN
         SELECT
             k.*,
             admission_walk(
-                k.key_number, k.is_limited, k.amount, k.tokens, k.funds, k.requests_free,
-                k.tokens_free, k.holds_free, k.budget_free
+                k.key_number, k.project_number, k.is_limited, k.amount, k.tokens, k.funds,
+                k.requests_free, k.tokens_free, k.holds_free, k.budget_free,
+                k.project_budget_free, k.account_requests_free, k.account_tokens_free,
+                k.account_holds_free
             ) FILTER (WHERE k.verdict IS NULL)
             OVER (PARTITION BY k.account_id ORDER BY k.ord ROWS UNBOUNDED PRECEDING) AS state
         FROM known AS k
@@ -677,7 +780,7 @@ BEGIN
             a.account_id, a.request_id, a.key_id, a.amount, a.tokens,
             CASE WHEN a.is_limited THEN v_minute END,
             v_now + make_interval(secs => a.ttl_s), v_now, a.endpoint, a.model, a.tier,
-            a.streamed, a.byok, a.price_version
+            a.streamed, a.byok, a.price_version, a.project_id, a.scopes
         FROM admitted AS a
     ),
     new_entries AS (
@@ -697,7 +800,7 @@ BEGIN
         WHERE b.account_id = t.account_id
     ),
     new_counters AS (
-        UPDATE key_counters AS c
+        UPDATE scope_counters AS c
         SET
             minute = v_minute,
             requests = CASE WHEN c.minute = v_minute THEN c.requests ELSE 0 END + t.holds,
@@ -706,22 +809,42 @@ BEGIN
             reserved = c.reserved + t.amount
         FROM (
             SELECT
-                a.account_id, a.key_id, sum(a.amount)::bigint AS amount,
+                a.account_id, s.scope_id, sum(a.amount)::bigint AS amount,
                 sum(a.tokens)::bigint AS tokens, count(*)::integer AS holds
-            FROM admitted AS a WHERE a.is_limited GROUP BY a.account_id, a.key_id
+            FROM admitted AS a CROSS JOIN unnest(a.scopes) AS s(scope_id)
+            GROUP BY a.account_id, s.scope_id
         ) AS t
-        WHERE c.account_id = t.account_id AND c.key_id = t.key_id
+        WHERE c.account_id = t.account_id AND c.scope_id = t.scope_id
+    ),
+    told AS (
+        SELECT
+            w.*,
+            w.requests_free - coalesce((w.state).key_requests[w.key_number], 0) AS key_requests,
+            w.tokens_free - coalesce((w.state).key_tokens[w.key_number], 0) AS key_tokens,
+            w.account_requests_free - (w.state).holds AS account_requests,
+            w.account_tokens_free - (w.state).tokens AS account_tokens
+        FROM walked AS w
     )
     SELECT
         w.ord::integer,
         coalesce(w.verdict, (w.state).outcome),
         w.funds - (w.state).held,
-        w.budget_free - coalesce((w.state).key_reserved[w.key_number], 0),
-        w.requests_per_minute,
-        w.requests_free - coalesce((w.state).key_requests[w.key_number], 0),
-        w.tokens_per_minute,
-        w.tokens_free - coalesce((w.state).key_tokens[w.key_number], 0)
-    FROM walked AS w
+        least(
+            w.budget_free - coalesce((w.state).key_reserved[w.key_number], 0),
+            w.project_budget_free
+            - coalesce((w.state).project_reserved[w.project_number], 0)
+        ),
+        CASE
+            WHEN w.account_requests <= coalesce(w.key_requests, w.account_requests)
+            THEN w.account_requests_per_minute ELSE w.requests_per_minute
+        END,
+        least(w.key_requests, w.account_requests),
+        CASE
+            WHEN w.account_tokens <= coalesce(w.key_tokens, w.account_tokens)
+            THEN w.account_tokens_per_minute ELSE w.tokens_per_minute
+        END,
+        least(w.key_tokens, w.account_tokens)
+    FROM told AS w
     ORDER BY w.ord;
 END $$;
 
@@ -762,8 +885,31 @@ CREATE TYPE settlement AS (
     cost_source text, rounding_attos bigint, rule text, markup_ppm bigint, review_reason text,
     error_code text, upstream_status integer, client_gone boolean, first_byte_ms integer,
     duration_ms integer, input_characters bigint, audio_ms bigint, queries bigint,
-    service_tier text, rated_picos bigint, answer_id text
+    service_tier text, rated_picos bigint, answer_id text, quantity bigint
 );
+
+-- Count what was charged without a hold in the budgets that it belongs to, under the lock of the
+-- balance. Where p_settled_at is given, in those alone whose running period it lies in.
+CREATE FUNCTION count_spending(
+    p_account_id uuid, p_key_id uuid, p_project_id uuid, p_amount bigint, p_at timestamptz,
+    p_settled_at timestamptz
+) RETURNS void LANGUAGE sql SET search_path = tallygate, pg_temp AS $$
+    UPDATE scope_counters AS c SET
+        period = t.period,
+        spent = p_amount + CASE WHEN c.period = t.period THEN c.spent ELSE 0 END
+    FROM (
+        SELECT k.key_id AS scope_id, period_start(k.budget_period, p_at) AS period
+        FROM virtual_keys AS k
+        WHERE k.account_id = p_account_id AND k.key_id = p_key_id AND k.is_limited
+        UNION ALL
+        SELECT p.project_id, period_start(p.budget_period, p_at)
+        FROM projects AS p
+        WHERE p.account_id = p_account_id AND p.project_id = p_project_id
+            AND p.budget IS NOT NULL
+    ) AS t
+    WHERE c.account_id = p_account_id AND c.scope_id = t.scope_id
+        AND (p_settled_at IS NULL OR p_settled_at >= t.period)
+$$;
 
 -- End a batch of holds: capture what each request costs the customer, void, or expire it.
 --
@@ -815,7 +961,7 @@ BEGIN
             )
         RETURNING
             a.*, h.key_id, h.amount AS hold, h.tokens, h.minute, h.created_at, h.endpoint,
-            h.model, h.tier, h.streamed, h.byok, h.price_version,
+            h.model, h.tier, h.streamed, h.byok, h.price_version, h.project_id, h.scopes,
             CASE WHEN a.action = 'capture' THEN a.price ELSE 0 END AS charge
     ),
     posted AS MATERIALIZED (
@@ -864,27 +1010,31 @@ BEGIN
         WHERE b.account_id = t.account_id
     ),
     new_counters AS (
-        UPDATE key_counters AS c
+        UPDATE scope_counters AS c
         SET
             holds = c.holds - t.holds,
             reserved = c.reserved - t.hold,
             -- The estimate of tokens gives way to what was used, if its minute is still running.
             tokens = c.tokens + CASE WHEN c.minute = v_minute THEN t.tokens ELSE 0 END,
-            period = period_start(k.budget_period, v_now),
-            spent = t.charge
-            + CASE WHEN c.period = period_start(k.budget_period, v_now) THEN c.spent ELSE 0 END
+            period = t.period,
+            spent = t.charge + CASE WHEN c.period = t.period THEN c.spent ELSE 0 END
         FROM (
             SELECT
-                p.account_id, p.key_id, count(*)::integer AS holds,
+                p.account_id, s.scope_id, count(*)::integer AS holds,
+                period_start(
+                    coalesce(min(k.budget_period), min(o.budget_period), 'total'), v_now
+                ) AS period,
                 sum(p.hold)::bigint AS hold, sum(p.charge)::bigint AS charge,
                 coalesce(sum(coalesce(p.input_tokens + p.output_tokens, p.tokens) - p.tokens)
                     FILTER (WHERE p.minute = v_minute AND p.action = 'capture'), 0)::bigint
                 AS tokens
-            FROM judged AS p WHERE p.minute IS NOT NULL
-            GROUP BY p.account_id, p.key_id
+            FROM judged AS p
+            CROSS JOIN unnest(p.scopes) AS s(scope_id)
+            LEFT JOIN virtual_keys AS k ON p.account_id = k.account_id AND s.scope_id = k.key_id
+            LEFT JOIN projects AS o ON p.account_id = o.account_id AND s.scope_id = o.project_id
+            GROUP BY p.account_id, s.scope_id
         ) AS t
-        INNER JOIN virtual_keys AS k ON t.account_id = k.account_id AND t.key_id = k.key_id
-        WHERE c.account_id = t.account_id AND c.key_id = t.key_id
+        WHERE c.account_id = t.account_id AND c.scope_id = t.scope_id
     ),
     new_usage AS (
         INSERT INTO usage
@@ -905,7 +1055,7 @@ BEGIN
             END,
             NULL, p.error_code, p.upstream_status, coalesce(p.client_gone, false),
             p.first_byte_ms, p.duration_ms, p.input_characters, p.audio_ms, p.queries,
-            p.service_tier, p.rated_picos, p.answer_id
+            p.service_tier, p.rated_picos, p.answer_id, NULL, NULL, NULL, p.project_id, p.quantity
         FROM judged AS p
     )
     SELECT
@@ -989,15 +1139,10 @@ BEGIN
                 v_item.price, -v_item.price, 0, v_balance.posted - v_item.price,
                 v_balance.reserved, NULL, NULL, clock_timestamp()
             );
-            UPDATE key_counters AS c SET
-                period = period_start(k.budget_period, clock_timestamp()),
-                spent = v_item.price + CASE
-                    WHEN c.period = period_start(k.budget_period, clock_timestamp())
-                    THEN c.spent ELSE 0
-                END
-            FROM virtual_keys AS k
-            WHERE c.account_id = v_item.account_id AND c.key_id = v_usage.key_id
-                AND k.account_id = c.account_id AND k.key_id = c.key_id AND k.is_limited;
+            PERFORM count_spending(
+                v_item.account_id, v_usage.key_id, v_usage.project_id, v_item.price,
+                clock_timestamp(), NULL
+            );
             v_available := v_balance.posted - v_item.price - v_balance.reserved
             + v_balance.credit_limit;
             overdraft := least(greatest(0, -v_available), v_item.price);
@@ -1370,6 +1515,7 @@ BEGIN
         RETURN false;
     END IF;
     INSERT INTO balances (account_id, credit_limit) VALUES (p_account_id, p_credit_limit);
+    INSERT INTO scope_counters (account_id, scope_id) VALUES (p_account_id, p_account_id);
     INSERT INTO audit_trail VALUES (
         p_account_id, p_account_id, clock_timestamp(), p_actor, 'account.create',
         jsonb_build_object('name', p_name, 'tier', p_tier, 'credit_limit', p_credit_limit)
@@ -1398,7 +1544,7 @@ BEGIN
         v_key.allowed_models, v_key.requests_per_minute, v_key.tokens_per_minute,
         v_key.max_concurrency, v_key.budget, coalesce(v_key.budget_period, 'total')
     );
-    INSERT INTO key_counters (account_id, key_id) VALUES (p_account_id, v_key.key_id);
+    INSERT INTO scope_counters (account_id, scope_id) VALUES (p_account_id, v_key.key_id);
     INSERT INTO audit_trail VALUES (
         p_account_id, v_key.key_id, clock_timestamp(), p_actor, 'key.create', p_key
     );
@@ -1531,18 +1677,10 @@ BEGIN
             posted = b.posted - v_taken, seq = b.seq + 1, overdraft = greatest(0, -v_available)
         WHERE b.account_id = p_account_id;
         -- A charge counts in the budget's running period, a correction where its capture did.
-        UPDATE key_counters AS c SET
-            period = period_start(k.budget_period, v_now),
-            spent = v_taken + CASE
-                WHEN c.period = period_start(k.budget_period, v_now) THEN c.spent ELSE 0
-            END
-        FROM virtual_keys AS k
-        WHERE c.account_id = p_account_id AND c.key_id = v_usage.key_id
-            AND k.account_id = c.account_id AND k.key_id = c.key_id AND k.is_limited
-            AND (
-                p_decision = 'charge'
-                OR v_usage.settled_at >= period_start(k.budget_period, v_now)
-            );
+        PERFORM count_spending(
+            p_account_id, v_usage.key_id, v_usage.project_id, v_taken, v_now,
+            CASE p_decision WHEN 'charge' THEN NULL ELSE v_usage.settled_at END
+        );
     END IF;
     UPDATE usage AS u SET resolution = p_decision, resolved_at = v_now
     WHERE u.account_id = p_account_id AND u.request_id = p_request_id;
@@ -1572,29 +1710,6 @@ BEGIN
         )
     );
     RETURN NEXT;
-END $$;
-
--- Publish a price book as a new version, unless it is what the newest one says already; answers
--- the version in force.
-CREATE FUNCTION publish_price_book(
-    p_document jsonb, p_nanos_per_credit bigint, p_event_id uuid, p_actor text
-) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
-DECLARE
-    v_newest price_books;
-BEGIN
-    PERFORM pg_advisory_xact_lock(hashtext('tallygate.publish_price_book'));
-    SELECT * INTO v_newest FROM price_books AS p ORDER BY p.version DESC LIMIT 1;
-    IF v_newest.document = p_document AND v_newest.nanos_per_credit = p_nanos_per_credit THEN
-        RETURN v_newest.version;
-    END IF;
-    INSERT INTO price_books (version, document, nanos_per_credit, published_by)
-    VALUES (coalesce(v_newest.version, 0) + 1, p_document, p_nanos_per_credit, p_actor);
-    INSERT INTO audit_trail VALUES (
-        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
-        'price_book.publish', jsonb_build_object('version', coalesce(v_newest.version, 0) + 1)
-    );
-    RETURN coalesce(v_newest.version, 0) + 1;
 END $$;
 
 -- Fix at first use what a credit is worth; answers what it is fixed at.
@@ -1812,15 +1927,22 @@ BEGIN
     RETURN NEXT v_seal;
 END $$;
 
--- Write down what an audit found.
+-- Write down what an audit found, and tell receivers of webhooks where that was anything.
 CREATE FUNCTION record_audit(
     p_run_id uuid, p_scope text, p_through_seal integer, p_findings bigint, p_entries bigint,
     p_duration_ms integer
 ) RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+BEGIN
     INSERT INTO audit_runs (run_id, scope, through_seal, findings, entries, duration_ms)
     VALUES (p_run_id, p_scope, p_through_seal, p_findings, p_entries, p_duration_ms);
-$$;
+    IF p_findings > 0 THEN
+        PERFORM put_webhook_event(
+            '00000000-0000-0000-0000-000000000000', p_run_id, 'audit.failed',
+            jsonb_build_object('run_id', p_run_id, 'scope', p_scope, 'findings', p_findings), NULL
+        );
+    END IF;
+END $$;
 
 -- ---------------------------------------------------------------------------------------------
 -- Retention
@@ -2035,6 +2157,927 @@ EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
 END $$;
 
 -- ---------------------------------------------------------------------------------------------
+-- Price books: drafted, published for a time, cancelled before it
+-- ---------------------------------------------------------------------------------------------
+
+-- To publish is to say: from this time on these prices, whatever was said of that time before. So
+-- of the versions whose time has come the one that was published last is in force, and one that
+-- was to begin later than a version published after it never does: it is overtaken.
+
+-- Versions that were called off before their time.
+CREATE TABLE price_book_cancellations (
+    version integer PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    actor text NOT NULL
+);
+CREATE TRIGGER price_book_cancellations_append_only
+BEFORE UPDATE OR DELETE ON price_book_cancellations
+FOR EACH ROW EXECUTE FUNCTION refuse_change();
+
+CREATE TABLE price_book_drafts (
+    draft_id uuid PRIMARY KEY,
+    name text NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
+    document jsonb NOT NULL,
+    -- The version that was in force when it was begun; NULL where there was none.
+    based_on integer,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- What it was published as, once; it is not changed after that.
+    published_version integer
+);
+
+-- The version in force at a time, by what was said so far; NULL before the first.
+CREATE FUNCTION price_book_at(p_at timestamptz) RETURNS integer LANGUAGE sql STABLE
+RETURN (
+    SELECT p.version FROM price_books AS p
+    WHERE p.valid_from <= p_at
+        AND NOT EXISTS (SELECT 1 FROM price_book_cancellations AS c WHERE c.version = p.version)
+    ORDER BY p.version DESC LIMIT 1
+);
+
+-- Publish a price book as a new version that is valid from a time on: now, where that is NULL or
+-- past. Outcomes:
+--
+--   published   as `version`; `overtaken` are versions that now never come into force
+--   unchanged   `version` says the same for that time already, and nothing was published after it
+--   stale       `version` would be in force then, and not p_based_on; nothing was done
+--
+-- p_based_on NULL is not compared. p_detail goes to the audit trail.
+CREATE FUNCTION publish_price_book(
+    p_document jsonb, p_nanos_per_credit bigint, p_event_id uuid, p_actor text,
+    p_valid_from timestamptz DEFAULT NULL, p_based_on integer DEFAULT NULL,
+    p_detail jsonb DEFAULT '{}'
+) RETURNS TABLE (outcome text, version integer, overtaken integer[])
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_now timestamptz;
+    v_from timestamptz;
+    v_before price_books;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('tallygate.publish_price_book'));
+    v_now := clock_timestamp();
+    v_from := greatest(v_now, p_valid_from);
+    SELECT p.* INTO v_before FROM price_books AS p WHERE p.version = price_book_at(v_from);
+    version := v_before.version;
+    overtaken := '{}';
+    IF v_before.document = p_document AND v_before.nanos_per_credit = p_nanos_per_credit
+        -- Nothing was published after it, for whatever time.
+        AND v_before.version = price_book_at('infinity')
+        -- What the configuration says is written down even so: see publish_configured_price_book.
+        AND (v_before.published_by = 'config' OR p_actor <> 'config')
+    THEN
+        outcome := 'unchanged';
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    IF v_before.version <> p_based_on THEN
+        outcome := 'stale';
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    outcome := 'published';
+    overtaken := ARRAY(
+        SELECT p.version FROM price_books AS p
+        WHERE p.valid_from > v_now AND p.valid_from >= v_from
+            AND price_book_at(p.valid_from) = p.version
+        ORDER BY p.version
+    );
+    version := coalesce((SELECT max(p.version) FROM price_books AS p), 0) + 1;
+    INSERT INTO price_books VALUES (
+        publish_price_book.version, v_from, p_document, p_nanos_per_credit, p_actor
+    );
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, v_now, p_actor,
+        'price_book.publish', p_detail || jsonb_build_object(
+            'version', publish_price_book.version, 'valid_from', v_from, 'overtaken', overtaken
+        )
+    );
+    RETURN NEXT;
+END $$;
+
+-- Publish what the configuration says, unless that is what it said last: what operators have
+-- published since stands until the configuration says something else. Outcomes are those of
+-- publish_price_book, and `kept`, with the version in force.
+CREATE FUNCTION publish_configured_price_book(
+    p_document jsonb, p_nanos_per_credit bigint, p_event_id uuid
+) RETURNS TABLE (outcome text, version integer, overtaken integer[])
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('tallygate.publish_price_book'));
+    IF p_document = (
+        SELECT p.document FROM price_books AS p
+        WHERE p.published_by = 'config' ORDER BY p.version DESC LIMIT 1
+    ) THEN
+        outcome := 'kept';
+        version := price_book_at(clock_timestamp());
+        overtaken := '{}';
+        RETURN NEXT;
+    ELSE
+        RETURN QUERY SELECT b.outcome, b.version, b.overtaken
+        FROM publish_price_book(p_document, p_nanos_per_credit, p_event_id, 'config') AS b;
+    END IF;
+END $$;
+
+-- Publish what is in force or scheduled once more, each for its time, where a credit is worth
+-- something else in it than p_nanos_per_credit. Answers how many versions that made.
+CREATE FUNCTION revalue_price_books(p_nanos_per_credit bigint, p_event_id uuid) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_now timestamptz;
+    v_valid integer[];
+    v_newest integer;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('tallygate.publish_price_book'));
+    v_now := clock_timestamp();
+    v_valid := ARRAY(
+        SELECT p.version FROM price_books AS p
+        WHERE p.version = price_book_at(greatest(p.valid_from, v_now))
+    );
+    IF NOT EXISTS (
+        SELECT 1 FROM price_books AS p
+        WHERE p.version = ANY(v_valid) AND p.nanos_per_credit <> p_nanos_per_credit
+    ) THEN
+        RETURN 0;
+    END IF;
+    SELECT max(p.version) INTO v_newest FROM price_books AS p;
+    -- All of them, in their order: a new one would overtake those that are left as they are.
+    INSERT INTO price_books
+    SELECT
+        v_newest + row_number() OVER (ORDER BY p.version), greatest(p.valid_from, v_now),
+        p.document, p_nanos_per_credit, p.published_by
+    FROM price_books AS p WHERE p.version = ANY(v_valid);
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, v_now, 'config',
+        'price_book.revalue', jsonb_build_object(
+            'versions', v_valid, 'first_version', v_newest + 1,
+            'nanos_per_credit', p_nanos_per_credit
+        )
+    );
+    RETURN cardinality(v_valid);
+END $$;
+
+-- Call a version off before its time; whatever was said of that time before it, holds again.
+-- Answers `cancelled`, `exists` if it was cancelled before, `begun` if its time has come or is
+-- about to (a replica may charge by it in this moment), `unknown`.
+CREATE FUNCTION cancel_price_book(p_version integer, p_event_id uuid, p_actor text) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_now timestamptz;
+    v_from timestamptz;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('tallygate.publish_price_book'));
+    v_now := clock_timestamp();
+    SELECT p.valid_from INTO v_from FROM price_books AS p WHERE p.version = p_version;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF EXISTS (SELECT 1 FROM price_book_cancellations AS c WHERE c.version = p_version) THEN
+        RETURN 'exists';
+    ELSIF v_from < v_now + interval '5 seconds' THEN
+        RETURN 'begun';
+    END IF;
+    INSERT INTO price_book_cancellations VALUES (p_version, v_now, p_actor);
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, v_now, p_actor,
+        'price_book.cancel', jsonb_build_object('version', p_version, 'valid_from', v_from)
+    );
+    RETURN 'cancelled';
+END $$;
+
+CREATE FUNCTION create_price_book_draft(
+    p_draft_id uuid, p_name text, p_document jsonb, p_event_id uuid, p_actor text
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+BEGIN
+    INSERT INTO price_book_drafts (draft_id, name, document, based_on, created_by)
+    VALUES (p_draft_id, p_name, p_document, price_book_at(clock_timestamp()), p_actor);
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'price_book_draft.create', jsonb_build_object('draft_id', p_draft_id, 'name', p_name)
+    );
+END $$;
+
+-- Give a draft another name and document. Answers `changed`, `published` (it stays as it was
+-- published), `unknown`.
+CREATE FUNCTION change_price_book_draft(
+    p_draft_id uuid, p_name text, p_document jsonb, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+BEGIN
+    UPDATE price_book_drafts AS d
+    SET name = p_name, document = p_document, updated_at = clock_timestamp()
+    WHERE d.draft_id = p_draft_id AND d.published_version IS NULL;
+    IF NOT FOUND THEN
+        RETURN CASE
+            WHEN EXISTS (SELECT 1 FROM price_book_drafts AS d WHERE d.draft_id = p_draft_id)
+            THEN 'published' ELSE 'unknown'
+        END;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'price_book_draft.change', jsonb_build_object('draft_id', p_draft_id, 'name', p_name)
+    );
+    RETURN 'changed';
+END $$;
+
+-- Throw a draft away; what it was published as stays. Says whether there was one.
+CREATE FUNCTION delete_price_book_draft(p_draft_id uuid, p_event_id uuid, p_actor text)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_name text;
+BEGIN
+    DELETE FROM price_book_drafts AS d WHERE d.draft_id = p_draft_id RETURNING d.name INTO v_name;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'price_book_draft.delete', jsonb_build_object('draft_id', p_draft_id, 'name', v_name)
+    );
+    RETURN true;
+END $$;
+
+-- Publish a draft, once. Outcomes are those of publish_price_book, `exists` with the version that
+-- it was published as before, and `unknown`. p_based_on NULL is the draft's own.
+CREATE FUNCTION publish_price_book_draft(
+    p_draft_id uuid, p_nanos_per_credit bigint, p_event_id uuid, p_actor text,
+    p_valid_from timestamptz, p_based_on integer
+) RETURNS TABLE (outcome text, version integer, overtaken integer[])
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_draft price_book_drafts;
+BEGIN
+    overtaken := '{}';
+    SELECT d.* INTO v_draft FROM price_book_drafts AS d WHERE d.draft_id = p_draft_id FOR UPDATE;
+    IF NOT FOUND OR v_draft.published_version IS NOT NULL THEN
+        outcome := CASE WHEN v_draft.draft_id IS NULL THEN 'unknown' ELSE 'exists' END;
+        version := v_draft.published_version;
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    SELECT b.outcome, b.version, b.overtaken
+    INTO publish_price_book_draft.outcome, publish_price_book_draft.version,
+        publish_price_book_draft.overtaken
+    FROM publish_price_book(
+        v_draft.document, p_nanos_per_credit, p_event_id, p_actor, p_valid_from,
+        coalesce(p_based_on, v_draft.based_on), jsonb_build_object('draft_id', p_draft_id)
+    ) AS b;
+    IF outcome <> 'stale' THEN
+        UPDATE price_book_drafts AS d SET published_version = publish_price_book_draft.version
+        WHERE d.draft_id = p_draft_id;
+    END IF;
+    RETURN NEXT;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Webhooks
+-- ---------------------------------------------------------------------------------------------
+
+-- Receivers of the operator's. The secrets are in clear: what is sent is signed with them.
+CREATE TABLE webhook_endpoints (
+    endpoint_id uuid PRIMARY KEY,
+    url text NOT NULL CHECK (length(url) BETWEEN 1 AND 2000),
+    description text NOT NULL CHECK (length(description) <= 200),
+    -- NULL for every type.
+    event_types text[],
+    status text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'paused')),
+    -- It answered 410, and was paused for it.
+    is_gone boolean NOT NULL DEFAULT false,
+    secret text NOT NULL,
+    -- The secret before the last rotation, which signs as well until its time is over.
+    old_secret text,
+    old_secret_until timestamptz,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT webhook_endpoints_old_secret_ends CHECK (
+        num_nonnulls(old_secret, old_secret_until) <> 1
+    )
+);
+
+-- What is to be told, written in the transaction that found it so. Events of no account stand under
+-- the nil uuid. An account's are numbered, and told in that order.
+CREATE TABLE webhook_events (
+    account_id uuid NOT NULL,
+    number bigint NOT NULL CHECK (number > 0),
+    event_id uuid NOT NULL,
+    type text NOT NULL,
+    data jsonb NOT NULL,
+    at timestamptz NOT NULL,
+    PRIMARY KEY (account_id, number)
+);
+CREATE INDEX webhook_events_by_id ON webhook_events (event_id);
+-- The number of an account's newest event; whoever adds one has this row.
+CREATE TABLE webhook_counts (
+    account_id uuid PRIMARY KEY,
+    events bigint NOT NULL
+);
+
+-- An event for a receiver, and what has come of it.
+CREATE TABLE webhook_deliveries (
+    account_id uuid NOT NULL,
+    number bigint NOT NULL,
+    endpoint_id uuid NOT NULL,
+    event_id uuid NOT NULL,
+    status text NOT NULL CHECK (status IN ('pending', 'delivered', 'failed')),
+    queued_at timestamptz NOT NULL,
+    attempts integer NOT NULL DEFAULT 0,
+    last_attempt_at timestamptz,
+    -- What the receiver answered; NULL where it did not.
+    last_status integer,
+    last_error text,
+    PRIMARY KEY (account_id, number, endpoint_id)
+);
+CREATE INDEX webhook_deliveries_by_endpoint ON webhook_deliveries (endpoint_id, event_id);
+CREATE INDEX webhook_deliveries_pending ON webhook_deliveries (account_id, endpoint_id, number)
+WHERE status = 'pending';
+CREATE INDEX webhook_deliveries_unfinished ON webhook_deliveries (status, queued_at)
+WHERE status <> 'delivered';
+
+-- Where something is pending for a receiver and an account: only its oldest is tried, so that they
+-- arrive in order. Whoever tries it moves due_at to when the lease of it ends.
+CREATE TABLE webhook_lanes (
+    account_id uuid NOT NULL,
+    endpoint_id uuid NOT NULL,
+    due_at timestamptz NOT NULL,
+    PRIMARY KEY (account_id, endpoint_id)
+);
+CREATE INDEX webhook_lanes_by_due ON webhook_lanes (endpoint_id, due_at);
+
+-- What was told and is still so: see watch_page. `mark` tells one time from the next, where the
+-- same may begin anew unseen: the budget's period.
+CREATE TABLE webhook_told (
+    account_id uuid NOT NULL,
+    type text NOT NULL,
+    subject uuid NOT NULL,
+    mark timestamptz NOT NULL,
+    PRIMARY KEY (account_id, type, subject)
+);
+-- Behind which account the next page of the watch begins, and when it is due: of all replicas.
+CREATE TABLE webhook_watch (
+    is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    after uuid NOT NULL,
+    due_at timestamptz NOT NULL
+);
+INSERT INTO webhook_watch VALUES (true, '00000000-0000-0000-0000-000000000000', 'epoch');
+
+-- What watch_page looks at beside balances.
+CREATE INDEX accounts_with_threshold ON accounts (account_id)
+WHERE low_balance_threshold IS NOT NULL;
+CREATE INDEX virtual_keys_with_budget ON virtual_keys (account_id, key_id)
+WHERE budget IS NOT NULL;
+
+-- Write an event, for every receiver that takes its type or, where one is named, for that alone.
+CREATE FUNCTION put_webhook_event(
+    p_account_id uuid, p_event_id uuid, p_type text, p_data jsonb, p_endpoint_id uuid
+) RETURNS void
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_number bigint;
+    v_endpoint_id uuid;
+    v_now constant timestamptz := clock_timestamp();
+BEGIN
+    INSERT INTO webhook_counts AS c VALUES (p_account_id, 1)
+    ON CONFLICT (account_id) DO UPDATE SET events = c.events + 1
+    RETURNING c.events INTO v_number;
+    INSERT INTO webhook_events
+    VALUES (p_account_id, v_number, p_event_id, p_type, p_data, v_now);
+    FOR v_endpoint_id IN
+        SELECT e.endpoint_id FROM webhook_endpoints AS e
+        WHERE CASE
+            WHEN p_endpoint_id IS NULL THEN coalesce(p_type = ANY(e.event_types), true)
+            ELSE e.endpoint_id = p_endpoint_id
+        END
+        ORDER BY e.endpoint_id
+        FOR KEY SHARE  -- none of them is deleted meanwhile
+    LOOP
+        INSERT INTO webhook_deliveries (
+            account_id, number, endpoint_id, event_id, status, queued_at
+        ) VALUES (p_account_id, v_number, v_endpoint_id, p_event_id, 'pending', v_now);
+        -- The lane may be ended by whoever delivered the last of it: DO NOTHING would not wait.
+        INSERT INTO webhook_lanes AS l VALUES (p_account_id, v_endpoint_id, v_now)
+        ON CONFLICT (account_id, endpoint_id) DO UPDATE SET due_at = l.due_at;
+    END LOOP;
+END $$;
+
+-- Find what is to be told among the next p_accounts accounts. What is so now less what was told is
+-- to be told; what was told and is so no more is forgotten, and told again when it comes again. So
+-- whatever lasts is told, once, however long nobody watched; what came and went in between is not.
+--
+--   balance.low         posted plus credit limit is below the account's threshold
+--   balance.exhausted   it is less than a credit
+--   key.over_budget     what was charged in the running period has reached the key's budget
+--   review.opened       a request of the last three days waits for an operator
+--
+-- Holds don't count: they are ceilings, and most of each comes back.
+--
+-- p_ids are ids for new events: as many as there are, the rest is found next time. A page is due
+-- p_pause_s after the one before, a round p_interval_s after the last. Answers whether it was due,
+-- how many events there are, and whether the round is over.
+CREATE FUNCTION watch_page(
+    p_accounts integer, p_pause_s double precision, p_interval_s double precision, p_ids uuid[]
+) RETURNS TABLE (is_due boolean, events integer, is_last boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_custom_plan
+AS $$
+DECLARE
+    v_now constant timestamptz := clock_timestamp();
+    v_after uuid;
+    v_due_at timestamptz;
+    v_last uuid;
+    v_credit bigint;
+    v_new jsonb;
+    v_event jsonb;
+BEGIN
+    SELECT w.after, w.due_at INTO v_after, v_due_at FROM webhook_watch AS w FOR UPDATE SKIP LOCKED;
+    is_due := coalesce(v_due_at <= v_now, false);
+    events := 0;
+    is_last := false;
+    IF NOT is_due THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    SELECT b.account_id INTO v_last FROM balances AS b WHERE b.account_id > v_after
+    ORDER BY b.account_id OFFSET p_accounts - 1 LIMIT 1;
+    is_last := v_last IS NULL;
+    v_last := coalesce(v_last, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    v_credit := (SELECT m.value::bigint FROM meta AS m WHERE m.name = 'nanos_per_credit');
+
+    WITH found AS MATERIALIZED (
+        SELECT
+            b.account_id, 1 AS rank, 'balance.low' AS type, b.account_id AS subject,
+            'epoch'::timestamptz AS mark,
+            jsonb_build_object(
+                'posted', b.posted, 'held', b.reserved, 'credit_limit', b.credit_limit,
+                'threshold', a.low_balance_threshold
+            ) AS data
+        FROM accounts AS a INNER JOIN balances AS b ON a.account_id = b.account_id
+        WHERE a.low_balance_threshold IS NOT NULL
+            AND a.account_id > v_after AND a.account_id <= v_last
+            AND b.posted + b.credit_limit < a.low_balance_threshold
+        UNION ALL
+        SELECT
+            b.account_id, 2, 'balance.exhausted', b.account_id, 'epoch',
+            jsonb_build_object(
+                'posted', b.posted, 'held', b.reserved, 'credit_limit', b.credit_limit
+            )
+        FROM balances AS b
+        WHERE b.account_id > v_after AND b.account_id <= v_last
+            -- One that never had anything has not lost it.
+            AND b.seq > 0 AND b.posted + b.credit_limit < coalesce(v_credit, 1)
+        UNION ALL
+        SELECT
+            k.account_id, 3, 'key.over_budget', k.key_id, c.period,
+            jsonb_build_object(
+                'key_id', k.key_id, 'budget', k.budget, 'period', k.budget_period,
+                'spent', c.spent
+            )
+        FROM virtual_keys AS k
+        INNER JOIN scope_counters AS c ON k.account_id = c.account_id AND k.key_id = c.scope_id
+        WHERE k.budget IS NOT NULL AND k.account_id > v_after AND k.account_id <= v_last
+            AND k.status = 'active' AND c.spent >= k.budget
+            AND c.period = period_start(k.budget_period, v_now)
+        UNION ALL
+        SELECT
+            u.account_id, 4, 'review.opened', u.request_id, 'epoch',
+            jsonb_build_object(
+                'request_id', u.request_id, 'reason', u.review_reason, 'model', u.model,
+                'endpoint', u.endpoint, 'price', u.price
+            )
+        FROM usage AS u
+        WHERE u.account_id > v_after AND u.account_id <= v_last
+            AND u.request_id >= uuid_floor(v_now - interval '3 days')
+            AND u.review_reason IS NOT NULL AND u.resolved_at IS NULL
+    ),
+    forgotten AS (
+        DELETE FROM webhook_told AS t
+        WHERE t.account_id > v_after AND t.account_id <= v_last
+            AND NOT EXISTS (
+                SELECT 1 FROM found AS f
+                WHERE f.account_id = t.account_id AND f.type = t.type AND f.subject = t.subject
+            )
+    )
+    SELECT jsonb_agg(to_jsonb(n) ORDER BY n.account_id, n.rank, n.subject) INTO v_new
+    FROM (
+        SELECT f.* FROM found AS f
+        WHERE NOT EXISTS (
+            SELECT 1 FROM webhook_told AS t
+            WHERE t.account_id = f.account_id AND t.type = f.type AND t.subject = f.subject
+                AND t.mark = f.mark
+        )
+        ORDER BY f.account_id, f.rank, f.subject LIMIT cardinality(p_ids)
+    ) AS n;
+
+    FOR v_event IN SELECT e.value FROM jsonb_array_elements(v_new) AS e LOOP
+        events := events + 1;
+        PERFORM put_webhook_event(
+            (v_event ->> 'account_id')::uuid, p_ids[events], v_event ->> 'type', v_event -> 'data',
+            NULL
+        );
+        INSERT INTO webhook_told AS t VALUES (
+            (v_event ->> 'account_id')::uuid, v_event ->> 'type', (v_event ->> 'subject')::uuid,
+            (v_event ->> 'mark')::timestamptz
+        ) ON CONFLICT (account_id, type, subject) DO UPDATE SET mark = excluded.mark;
+    END LOOP;
+    -- Where ids were used up there may be more of this page.
+    is_last := is_last AND events < cardinality(p_ids);
+    UPDATE webhook_watch AS w SET
+        after = CASE
+            WHEN is_last THEN '00000000-0000-0000-0000-000000000000'
+            WHEN events < cardinality(p_ids) THEN v_last
+            ELSE v_after
+        END,
+        due_at = clock_timestamp() + make_interval(
+            secs => CASE WHEN is_last THEN p_interval_s ELSE p_pause_s END
+        )
+    WHERE w.is_only;
+    RETURN NEXT;
+END $$;
+
+-- Take up to p_limit events that are due for a receiver, each the oldest pending of its account, for
+-- p_lease_s: whoever takes longer may find that somebody else sent it too.
+CREATE FUNCTION claim_webhooks(p_endpoint_id uuid, p_limit integer, p_lease_s double precision)
+RETURNS TABLE (
+    account_id uuid, number bigint, event_id uuid, type text, data jsonb, at timestamptz,
+    attempts integer, lease timestamptz
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_lane record;
+    v_taken integer := 0;
+BEGIN
+    lease := clock_timestamp() + make_interval(secs => p_lease_s);
+    FOR v_lane IN
+        SELECT l.account_id, l.due_at FROM webhook_lanes AS l
+        WHERE l.endpoint_id = p_endpoint_id AND l.due_at <= clock_timestamp()
+            AND EXISTS (
+                SELECT 1 FROM webhook_endpoints AS e
+                WHERE e.endpoint_id = p_endpoint_id AND e.status = 'active'
+            )
+        -- Others take from the same end.
+        ORDER BY l.due_at LIMIT 4 * p_limit
+    LOOP
+        EXIT WHEN v_taken = p_limit;
+        PERFORM 1 FROM webhook_lanes AS l
+        WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id
+            AND l.due_at = v_lane.due_at
+        FOR UPDATE SKIP LOCKED;
+        CONTINUE WHEN NOT FOUND;
+        SELECT d.account_id, d.number, d.event_id, e.type, e.data, e.at, d.attempts
+        INTO account_id, number, event_id, type, data, at, attempts
+        FROM webhook_deliveries AS d
+        INNER JOIN webhook_events AS e
+            ON d.account_id = e.account_id AND d.number = e.number
+            AND e.account_id = v_lane.account_id
+        WHERE d.account_id = v_lane.account_id AND d.endpoint_id = p_endpoint_id
+            AND d.status = 'pending'
+        ORDER BY d.number LIMIT 1;
+        IF NOT FOUND THEN  -- it was forgotten for its age, or erased
+            DELETE FROM webhook_lanes AS l
+            WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id;
+            CONTINUE;
+        END IF;
+        UPDATE webhook_lanes AS l SET due_at = lease
+        WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id;
+        v_taken := v_taken + 1;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- Say what came of an event that was claimed: p_outcome is delivered, refused, or gone where the
+-- receiver wants nothing any more. Answers
+--
+--   delivered   the next of the account is due
+--   pending     it is tried again, in p_retry_s or when the receiver is no longer paused
+--   failed      nobody took it for p_give_up_s since it was queued; the next of the account is due
+--   lost        the lease was over, and somebody else has it
+CREATE FUNCTION finish_webhook(
+    p_account_id uuid, p_endpoint_id uuid, p_number bigint, p_lease timestamptz, p_outcome text,
+    p_status integer, p_error text, p_retry_s double precision, p_give_up_s double precision
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+AS $$
+DECLARE
+    v_now timestamptz;
+    v_outcome text;
+BEGIN
+    IF p_outcome = 'gone' THEN
+        UPDATE webhook_endpoints AS e SET status = 'paused', is_gone = true
+        WHERE e.endpoint_id = p_endpoint_id AND e.status = 'active';
+    END IF;
+    PERFORM 1 FROM webhook_lanes AS l
+    WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id AND l.due_at = p_lease
+    FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'lost';
+    END IF;
+    v_now := clock_timestamp();
+    UPDATE webhook_deliveries AS d SET
+        status = CASE
+            WHEN p_outcome = 'delivered' THEN 'delivered'
+            WHEN p_outcome = 'refused' AND d.queued_at <= v_now - make_interval(secs => p_give_up_s)
+            THEN 'failed'
+            ELSE 'pending'
+        END,
+        attempts = d.attempts + 1, last_attempt_at = v_now, last_status = p_status,
+        last_error = p_error
+    WHERE d.account_id = p_account_id AND d.number = p_number AND d.endpoint_id = p_endpoint_id
+    RETURNING d.status INTO v_outcome;
+    IF v_outcome = 'pending' THEN
+        UPDATE webhook_lanes AS l SET due_at = v_now + make_interval(secs => p_retry_s)
+        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        RETURN v_outcome;
+    END IF;
+    PERFORM 1 FROM webhook_deliveries AS d
+    WHERE d.account_id = p_account_id AND d.endpoint_id = p_endpoint_id AND d.status = 'pending'
+    LIMIT 1;
+    IF FOUND THEN
+        UPDATE webhook_lanes AS l SET due_at = v_now
+        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+    ELSE
+        DELETE FROM webhook_lanes AS l
+        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+    END IF;
+    RETURN coalesce(v_outcome, 'lost');
+END $$;
+
+CREATE FUNCTION create_webhook(
+    p_endpoint_id uuid, p_url text, p_description text, p_event_types text[], p_secret text,
+    p_actor text
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+BEGIN
+    INSERT INTO webhook_endpoints (endpoint_id, url, description, event_types, secret)
+    VALUES (p_endpoint_id, p_url, p_description, p_event_types, p_secret);
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_endpoint_id, clock_timestamp(), p_actor,
+        'webhook.create', jsonb_build_object('endpoint_id', p_endpoint_id, 'url', p_url)
+    );
+END $$;
+
+-- p_change has those of {url, description, event_types, status} that change. What is pending for a
+-- receiver that is active again is due at once, with all of its time. False if there is no such.
+CREATE FUNCTION change_webhook(
+    p_endpoint_id uuid, p_change jsonb, p_event_id uuid, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_new webhook_endpoints;
+    v_old webhook_endpoints;
+    v_now constant timestamptz := clock_timestamp();
+BEGIN
+    SELECT * INTO v_old FROM webhook_endpoints AS e
+    WHERE e.endpoint_id = p_endpoint_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    v_new := jsonb_populate_record(v_old, p_change);
+    UPDATE webhook_endpoints AS e SET
+        url = v_new.url, description = v_new.description, event_types = v_new.event_types,
+        status = v_new.status, is_gone = e.is_gone AND v_new.status = 'paused'
+    WHERE e.endpoint_id = p_endpoint_id;
+    IF v_old.status = 'paused' AND v_new.status = 'active' THEN
+        UPDATE webhook_lanes AS l SET due_at = v_now WHERE l.endpoint_id = p_endpoint_id;
+        UPDATE webhook_deliveries AS d SET queued_at = v_now
+        WHERE d.endpoint_id = p_endpoint_id AND d.status = 'pending';
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, v_now, p_actor, 'webhook.change',
+        p_change || jsonb_build_object('endpoint_id', p_endpoint_id)
+    );
+    RETURN true;
+END $$;
+
+-- Both secrets sign for p_overlap_s; one that was still signing from a rotation before does no more.
+CREATE FUNCTION rotate_webhook_secret(
+    p_endpoint_id uuid, p_secret text, p_overlap_s integer, p_event_id uuid, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    UPDATE webhook_endpoints AS e SET
+        secret = p_secret, old_secret = e.secret,
+        old_secret_until = clock_timestamp() + make_interval(secs => p_overlap_s)
+    WHERE e.endpoint_id = p_endpoint_id;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'webhook.rotate', jsonb_build_object(
+            'endpoint_id', p_endpoint_id, 'overlap_s', p_overlap_s
+        )
+    );
+    RETURN true;
+END $$;
+
+-- What was pending for it is forgotten; the events stay for others. False if there is no such.
+CREATE FUNCTION delete_webhook(p_endpoint_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_url text;
+BEGIN
+    DELETE FROM webhook_endpoints AS e WHERE e.endpoint_id = p_endpoint_id
+    RETURNING e.url INTO v_url;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    DELETE FROM webhook_lanes AS l WHERE l.endpoint_id = p_endpoint_id;
+    DELETE FROM webhook_deliveries AS d WHERE d.endpoint_id = p_endpoint_id;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'webhook.delete', jsonb_build_object('endpoint_id', p_endpoint_id, 'url', v_url)
+    );
+    RETURN true;
+END $$;
+
+-- Queue an event that only tries whether a receiver gets it. False if there is no such receiver.
+CREATE FUNCTION test_webhook(p_endpoint_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    PERFORM 1 FROM webhook_endpoints AS e WHERE e.endpoint_id = p_endpoint_id FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM put_webhook_event(
+        '00000000-0000-0000-0000-000000000000', p_event_id, 'webhook.test',
+        jsonb_build_object('endpoint_id', p_endpoint_id), p_endpoint_id
+    );
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'webhook.test', jsonb_build_object('endpoint_id', p_endpoint_id)
+    );
+    RETURN true;
+END $$;
+
+-- Queue events again for a receiver, or for the first time: the one of p_event_id, or all that it
+-- takes since p_since. Answers how many; NULL if there is no such receiver.
+CREATE FUNCTION replay_webhooks(
+    p_endpoint_id uuid, p_event_id uuid, p_since timestamptz, p_act_id uuid, p_actor text
+) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan
+AS $$
+DECLARE
+    v_now constant timestamptz := clock_timestamp();
+    v_event_types text[];
+    v_accounts uuid[];
+    v_numbers bigint[];
+    v_queued integer;
+BEGIN
+    SELECT e.event_types INTO v_event_types FROM webhook_endpoints AS e
+    WHERE e.endpoint_id = p_endpoint_id FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    SELECT array_agg(e.account_id), array_agg(e.number) INTO v_accounts, v_numbers
+    FROM webhook_events AS e
+    WHERE CASE
+        WHEN p_event_id IS NULL
+        THEN e.type <> 'webhook.test' AND coalesce(e.type = ANY(v_event_types), true)
+        -- A test is for the receiver that it was made for.
+        ELSE e.type <> 'webhook.test' OR e.data ->> 'endpoint_id' = p_endpoint_id::text
+    END
+    AND e.event_id >= coalesce(p_event_id, uuid_floor(p_since))
+    AND e.event_id <= coalesce(p_event_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    -- The lanes first, and sorted, as whoever delivers takes them. One that waits for its next try
+    -- waits no longer.
+    INSERT INTO webhook_lanes AS l
+    SELECT DISTINCT a.account_id, p_endpoint_id, v_now FROM unnest(v_accounts) AS a (account_id)
+    ORDER BY a.account_id
+    ON CONFLICT (account_id, endpoint_id) DO UPDATE SET due_at = excluded.due_at;
+    INSERT INTO webhook_deliveries AS d (
+        account_id, number, endpoint_id, event_id, status, queued_at
+    )
+    SELECT e.account_id, e.number, p_endpoint_id, e.event_id, 'pending', v_now
+    FROM unnest(v_accounts, v_numbers) AS a (account_id, number)
+    INNER JOIN webhook_events AS e ON a.account_id = e.account_id AND a.number = e.number
+    ON CONFLICT (account_id, number, endpoint_id) DO UPDATE SET
+        status = 'pending', queued_at = excluded.queued_at, attempts = 0;
+    GET DIAGNOSTICS v_queued = ROW_COUNT;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_act_id, v_now, p_actor, 'webhook.replay',
+        jsonb_build_object(
+            'endpoint_id', p_endpoint_id, 'event_id', p_event_id, 'since', p_since,
+            'events', v_queued
+        )
+    );
+    RETURN v_queued;
+END $$;
+
+-- Forget events older than p_age_s and what came of them, but those that a receiver may still get;
+-- says how many.
+CREATE FUNCTION purge_webhook_events(p_age_s double precision, p_limit integer) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan
+AS $$
+DECLARE
+    v_accounts uuid[];
+    v_numbers bigint[];
+BEGIN
+    SELECT array_agg(o.account_id), array_agg(o.number) INTO v_accounts, v_numbers
+    FROM (
+        SELECT e.account_id, e.number FROM webhook_events AS e
+        WHERE e.event_id < uuid_floor(clock_timestamp() - make_interval(secs => p_age_s))
+            AND NOT EXISTS (
+                SELECT 1 FROM webhook_deliveries AS d
+                INNER JOIN webhook_endpoints AS r ON d.endpoint_id = r.endpoint_id
+                WHERE d.account_id = e.account_id AND d.number = e.number
+                    AND d.status = 'pending' AND r.status = 'active'
+            )
+        ORDER BY e.event_id LIMIT p_limit
+    ) AS o;
+    DELETE FROM webhook_deliveries AS d
+    USING unnest(v_accounts, v_numbers) AS o (account_id, number)
+    WHERE d.account_id = o.account_id AND d.number = o.number;
+    DELETE FROM webhook_events AS e
+    USING unnest(v_accounts, v_numbers) AS o (account_id, number)
+    WHERE e.account_id = o.account_id AND e.number = o.number;
+    RETURN coalesce(cardinality(v_accounts), 0);
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Erasure
+-- ---------------------------------------------------------------------------------------------
+
+-- The detail of an act of an operator without what may tell of a person: numbers, ids and times
+-- stay, and the texts that are named here. What is not known is not kept.
+CREATE FUNCTION without_names(p_detail jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE STRICT
+RETURN (
+    SELECT coalesce(jsonb_object_agg(d.key, CASE
+        WHEN jsonb_typeof(d.value) IN ('number', 'boolean', 'null') THEN d.value
+        WHEN d.key IN (
+            'budget_period', 'endpoint_id', 'event_id', 'expires_at', 'key_id', 'project_id',
+            'reference', 'request_id', 'review_reason', 'role', 'source', 'status', 'tier'
+        ) AND jsonb_typeof(d.value) = 'string' THEN d.value
+        ELSE '"erased"'::jsonb
+    END), '{}')
+    FROM jsonb_each(p_detail) AS d (key, value)
+);
+
+-- Remove what tells of a person from a closed account, for good. Money stays, and so does what seals
+-- vouch for: entries with their reasons and references, usage, funding. Answers
+--
+--   erased        done now
+--   exists        done before
+--   not_closed    it is in use: close it first
+--   open_holds    some request of it has not ended
+--   unknown       there is no such account
+CREATE FUNCTION erase_account(p_account_id uuid, p_event_id uuid, p_actor text, p_reason text)
+RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_account accounts;
+BEGIN
+    -- The balance first, as everybody does.
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_account FROM accounts AS a
+    WHERE a.account_id = p_account_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_account.erased_at IS NOT NULL THEN
+        RETURN 'exists';
+    ELSIF v_account.status <> 'closed' THEN
+        RETURN 'not_closed';
+    END IF;
+    PERFORM 1 FROM open_holds AS h WHERE h.account_id = p_account_id LIMIT 1;
+    IF FOUND THEN
+        RETURN 'open_holds';
+    END IF;
+    UPDATE accounts AS a
+    SET name = 'erased', erased_at = clock_timestamp(), version = a.version + 1
+    WHERE a.account_id = p_account_id;
+    -- No text has a hash of zeros: nobody's key leads here any more.
+    UPDATE virtual_keys AS k SET
+        name = 'erased', prefix = '', key_hash = decode(repeat('00', 32), 'hex'),
+        allowed_networks = NULL, status = 'revoked',
+        revoked_at = coalesce(k.revoked_at, clock_timestamp()), version = k.version + 1
+    WHERE k.account_id = p_account_id;
+    UPDATE projects AS p SET name = 'erased' WHERE p.account_id = p_account_id;
+    DELETE FROM idempotency_keys AS k WHERE k.account_id = p_account_id;
+    DELETE FROM webhook_lanes AS l WHERE l.account_id = p_account_id;
+    DELETE FROM webhook_deliveries AS d WHERE d.account_id = p_account_id;
+    DELETE FROM webhook_events AS e WHERE e.account_id = p_account_id;
+    -- refuse_change lets this through, for this account and until this line is over.
+    PERFORM set_config('tallygate.erasing', p_account_id::text, true);
+    UPDATE audit_trail AS t SET detail = without_names(t.detail)
+    WHERE t.account_id = p_account_id;
+    PERFORM set_config('tallygate.erasing', '', true);
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.erase',
+        jsonb_build_object('reason', p_reason)
+    );
+    RETURN 'erased';
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
 -- Views
 -- ---------------------------------------------------------------------------------------------
 
@@ -2049,14 +3092,15 @@ SELECT
     u.rule, u.markup_ppm, u.price_version, u.hold, u.overdraft, u.review_reason, u.resolved_at,
     u.error_code, u.upstream_status, u.client_gone, u.first_byte_ms, u.duration_ms,
     u.input_characters, u.audio_ms, u.queries, u.service_tier, u.rated_picos, u.answer_id,
-    u.attempts, u.witness_picos, u.resolution
+    u.attempts, u.witness_picos, u.resolution, u.project_id, u.quantity
 FROM usage AS u
 UNION ALL
 SELECT
     h.account_id, h.request_id, h.key_id, h.created_at, NULL, h.endpoint, h.model, NULL, h.tier,
     h.streamed, h.byok, 'pending', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, NULL, NULL, h.price_version, h.amount, 0::bigint, NULL, NULL, NULL,
-    NULL, false, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    NULL, false, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, h.project_id,
+    NULL
 FROM open_holds AS h;
 
 CREATE VIEW balances_in_credits AS
@@ -2149,11 +3193,16 @@ GRANT USAGE ON SCHEMA tallygate TO tallygate_app;
 GRANT SELECT ON ALL TABLES IN SCHEMA tallygate TO tallygate_app;
 GRANT EXECUTE ON FUNCTION
 authorize_batch, settle_batch, extend_holds, expire_holds, fund, create_account, create_key,
-revoke_key, publish_price_book, freeze_nanos_per_credit, ensure_partitions, uuid_floor,
+revoke_key, publish_price_book, publish_configured_price_book,
+revalue_price_books, price_book_at, cancel_price_book, create_price_book_draft,
+change_price_book_draft, delete_price_book_draft, publish_price_book_draft,
+freeze_nanos_per_credit, ensure_partitions, uuid_floor,
 period_start, note_witness, set_account_options, idempotency_begin, idempotency_finish,
 idempotency_release, purge_idempotency_keys, resolve_review, record_reconciliation,
 entry_leaf, seal_content, seal_root, seal_page, close_seal, record_audit, retention_obstacle,
-detach_month
+detach_month,
+watch_page, claim_webhooks, finish_webhook, create_webhook, change_webhook, rotate_webhook_secret,
+delete_webhook, test_webhook, replay_webhooks, purge_webhook_events, erase_account
 TO tallygate_app;
 
 RESET ROLE;

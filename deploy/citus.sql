@@ -15,7 +15,7 @@
 -- tallygate_service (service_login.sql): a login that has to change its role could not be passed on.
 ALTER ROLE tallygate_owner LOGIN;
 
--- The triggers look at nothing: they refuse changes of what is append-only.
+-- The triggers look at no table: they refuse changes of what is append-only.
 SET LOCAL citus.enable_unsafe_triggers = on;
 -- One connection to each node, so that all of this is one transaction.
 SET LOCAL citus.multi_shard_modify_mode = 'sequential';
@@ -23,14 +23,17 @@ SET LOCAL citus.multi_shard_modify_mode = 'sequential';
 -- Small, rarely written, read beside accounts' rows: whole on every node.
 SELECT create_reference_table('tallygate.meta');
 SELECT create_reference_table('tallygate.price_books');
+SELECT create_reference_table('tallygate.price_book_cancellations');
 SELECT create_reference_table('tallygate.seals');
+SELECT create_reference_table('tallygate.webhook_endpoints');
 
 -- Everything that grows with customers. audit_runs, detached_months and reconciliations stay on the
 -- coordinator: they are about the whole ledger, and nothing joins them to accounts.
 SELECT create_distributed_table('tallygate.balances', 'account_id');
 SELECT create_distributed_table('tallygate.accounts', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.virtual_keys', 'account_id', colocate_with := 'tallygate.balances');
-SELECT create_distributed_table('tallygate.key_counters', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.projects', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.scope_counters', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.open_holds', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.entries', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.usage', 'account_id', colocate_with := 'tallygate.balances');
@@ -41,12 +44,17 @@ SELECT create_distributed_table('tallygate.seal_points', 'account_id', colocate_
 SELECT create_distributed_table('tallygate.carried_totals', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.carried_floors', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.carried_seams', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.webhook_counts', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.webhook_deliveries', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.webhook_events', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.webhook_lanes', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.webhook_told', 'account_id', colocate_with := 'tallygate.balances');
 
 -- What runs inside a statement runs where the shard is.
 SELECT create_distributed_function(f.oid::regprocedure)
 FROM pg_proc AS f
 WHERE f.pronamespace = 'tallygate'::regnamespace
-    AND f.proname IN ('admission_step', 'admission_walk', 'period_start', 'uuid_floor', 'entry_leaf')
+    AND f.proname IN ('admission_step', 'admission_walk', 'period_start', 'uuid_floor', 'entry_leaf', 'without_names')
 ORDER BY f.proname;
 
 -- narrow: from here on it is plain SQL, which a test runs on a PostgreSQL without Citus.
@@ -77,7 +85,10 @@ BEGIN
             ('authorize_group(json)', 'ON a.account_id = b.account_id', 'ON a.account_id = b.account_id AND b.account_id = v_account'),
             ('authorize_group(json)', 'ON a.account_id = o.account_id', 'ON a.account_id = o.account_id AND o.account_id = v_account'),
             ('authorize_group(json)', 'ON a.account_id = k.account_id', 'ON a.account_id = k.account_id AND k.account_id = v_account'),
+            ('authorize_group(json)', 'ON k.account_id = p.account_id', 'ON p.account_id = v_account AND k.account_id = p.account_id'),
             ('authorize_group(json)', 'ON k.is_limited AND', 'ON c.account_id = v_account AND k.is_limited AND'),
+            ('authorize_group(json)', 'AND p.account_id = cp.account_id', 'AND cp.account_id = v_account AND p.account_id = cp.account_id'),
+            ('authorize_group(json)', 'AND a.account_id = ca.account_id', 'AND ca.account_id = v_account AND a.account_id = ca.account_id'),
             ('authorize_group(json)', 'ON a.account_id = e.account_id', 'ON a.account_id = e.account_id AND e.account_id = v_account'),
             ('authorize_group(json)', 'ON e.account_id = h.account_id', 'ON e.account_id = h.account_id AND h.account_id = v_account'),
             ('authorize_group(json)', 'WHERE b.account_id = t.account_id', 'WHERE b.account_id = t.account_id AND b.account_id = v_account'),
@@ -87,14 +98,13 @@ BEGIN
             ('settle_group(json,integer)', 'WHERE h.account_id = a.account_id', 'WHERE h.account_id = v_account AND h.account_id = a.account_id'),
             ('settle_group(json,integer)', 'ON e.account_id = b.account_id', 'ON e.account_id = b.account_id AND b.account_id = v_account'),
             ('settle_group(json,integer)', 'WHERE b.account_id = t.account_id', 'WHERE b.account_id = t.account_id AND b.account_id = v_account'),
-            ('settle_group(json,integer)', 'ON t.account_id = k.account_id', 'ON t.account_id = k.account_id AND k.account_id = v_account'),
+            ('settle_group(json,integer)', 'ON p.account_id = k.account_id', 'ON p.account_id = k.account_id AND k.account_id = v_account'),
+            ('settle_group(json,integer)', 'ON p.account_id = o.account_id', 'ON p.account_id = o.account_id AND o.account_id = v_account'),
             ('settle_group(json,integer)', 'WHERE c.account_id = t.account_id', 'WHERE c.account_id = t.account_id AND c.account_id = v_account'),
             -- Nor may an UPDATE ask for the time.
             ('settle_without_hold(json,integer[])', 'clock_timestamp()', 'v_now'),
             ('settle_without_hold(json,integer[])', E'DECLARE\n', v_account || E'    v_now constant timestamptz := clock_timestamp();\n'),
             ('settle_without_hold(json,integer[])', 'ON r.account_id = u.account_id', 'ON u.account_id = v_account AND r.account_id = u.account_id'),
-            ('settle_without_hold(json,integer[])', 'AND k.account_id = c.account_id', 'AND k.account_id = v_item.account_id'),
-            ('resolve_review(uuid,uuid,text,timestamptz,bigint,bigint,text,bigint,bigint,uuid,text,text)', 'AND k.account_id = c.account_id', 'AND k.account_id = p_account_id'),
             ('note_witness_group(json)', E'DECLARE\n', v_account),
             ('note_witness_group(json)', 'ON r.account_id = u.account_id', 'ON u.account_id = v_account AND r.account_id = u.account_id'),
             ('note_witness_group(json)', 'AND u.account_id = n.account_id', 'AND u.account_id = v_account AND u.account_id = n.account_id')

@@ -124,6 +124,11 @@ class PriceBook:
                 return rule
         return self.default
 
+    @property
+    def ranked(self) -> tuple[Rule, ...]:
+        """The rules in the order in which they are tried; the default comes after them."""
+        return tuple(rule for rule, _ in self._ranked)
+
     def rule(self, name: str) -> Rule:
         """Return the rule that a stored charge names ("default", "rules[2]"), or KeyError."""
         for rule in (self.default, *self.rules):
@@ -134,8 +139,8 @@ class PriceBook:
     def canonical_document(self) -> dict[str, object]:
         """Return the JSON-able document of this book: equal books give equal documents."""
         return {
-            "default": _rule_document(self.default),
-            "rules": [_rule_document(rule) for rule in self.rules],
+            "default": rule_document(self.default),
+            "rules": [rule_document(rule) for rule in self.rules],
             "actions": {
                 name: _credits(amount) for name, amount in sorted(self.action_nanocredits.items())
             },
@@ -336,6 +341,11 @@ def _check_selectors(rules: tuple[Rule, ...]) -> None:
         seen[selectors] = rule.name
 
 
+def is_pattern(model: str) -> bool:
+    """Whether a rule's `model` may be for more than one."""
+    return _WILDCARD.search(model) is not None
+
+
 def _specificity(rule: Rule) -> tuple[bool, bool, int, int]:
     literal = _WILDCARD.sub("", rule.model or "")
     is_exact = literal == rule.model
@@ -353,7 +363,8 @@ def _pattern(rule: Rule) -> re.Pattern[str] | None:
     return None if rule.model is None else re.compile(translate(rule.model))
 
 
-def _rule_document(rule: Rule) -> dict[str, object]:
+def rule_document(rule: Rule) -> dict[str, object]:
+    """Return the JSON-able document of a rule, which its name is not in."""
     document: dict[str, object] = {
         name: value
         for name, value in (

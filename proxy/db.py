@@ -25,7 +25,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from proxy.errors import ConfigurationError, MeteringUnavailableError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 11
 
 _CONNECT_OPTIONS: dict[str, Any] = {
     "autocommit": True,

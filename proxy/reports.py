@@ -31,7 +31,7 @@ _USAGE: LiteralString = (
     " cost_picos, cost_source, price, rounding_attos, rule, markup_ppm, price_version, hold,"
     " overdraft, review_reason, resolved_at, error_code, upstream_status, client_gone,"
     " first_byte_ms, duration_ms, input_characters, audio_ms, queries, service_tier, rated_picos,"
-    " answer_id, attempts, witness_picos, resolution FROM usage_history"
+    " answer_id, attempts, witness_picos, resolution, project_id, quantity FROM usage_history"
 )
 
 
@@ -153,12 +153,19 @@ class Reports:
         return row["average"]
 
     async def budget_left(self, account_id: UUID, key_id: UUID) -> int | None:
-        """Read what is left of a key's budget now, in nano-USD; None where it has none."""
+        """Read what is left of a key's and its project's budget, in nano-USD; None without one."""
         rows = await self._rows(
-            "SELECT k.budget - coalesce(c.reserved, 0) - coalesce(CASE"
+            "SELECT least(k.budget - coalesce(c.reserved, 0) - coalesce(CASE"
             " WHEN c.period = period_start(k.budget_period, clock_timestamp()) THEN c.spent"
-            " ELSE 0 END, 0) AS budget_left FROM virtual_keys AS k"
-            " LEFT JOIN key_counters AS c ON k.account_id = c.account_id AND k.key_id = c.key_id"
+            " ELSE 0 END, 0), p.budget - coalesce(cp.reserved, 0) - coalesce(CASE"
+            " WHEN cp.period = period_start(p.budget_period, clock_timestamp()) THEN cp.spent"
+            " ELSE 0 END, 0)) AS budget_left FROM virtual_keys AS k"
+            " LEFT JOIN scope_counters AS c"
+            " ON k.account_id = c.account_id AND k.key_id = c.scope_id"
+            " LEFT JOIN projects AS p"
+            " ON k.account_id = p.account_id AND k.project_id = p.project_id"
+            " LEFT JOIN scope_counters AS cp"
+            " ON p.account_id = cp.account_id AND p.project_id = cp.scope_id"
             " WHERE k.account_id = %s AND k.key_id = %s",
             (account_id, key_id),
         )

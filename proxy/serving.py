@@ -166,17 +166,22 @@ async def prepare(
     async with make_pool(url, max_size=1) as pool:
         books = PriceBooks(pool)
         await freeze_credit(books, nanos_per_credit)
-        before = await books.newest()
+        found = await books.in_force()
+        before = None if found is None else found.version
         if before is None or not is_packaged:
-            version = await books.publish(
-                price_book, nanos_per_credit=nanos_per_credit, actor="config"
-            )
-            if before is not None and version != before:
-                log.warning("price book published", extra={"version": version, "before": before})
+            done = await books.publish_configured(price_book, nanos_per_credit=nanos_per_credit)
+            if before is not None and done.outcome == "published":
+                # Whatever an operator had published since the last change is not in force any more.
+                log.warning(
+                    "price book published",
+                    extra={"version": done.version, "before": before, "overtaken": done.overtaken},
+                )
         else:
             # No file of the operator's own was found, as after a start from another directory:
             # the example that comes with the package must not re-price anybody.
             log.warning("price book kept: no config.yaml here", extra={"version": before})
+        if await books.revalue(nanos_per_credit):
+            log.warning("price book published again for what a credit is worth now")
         ledger = Ledger(url, pool)
         try:
             # They are made months ahead: behind a dump that holds the tables, the service comes

@@ -165,7 +165,7 @@ class SetAside:
         async with self._pool.connection() as connection:
             cursor = await connection.execute(
                 "SELECT k.key_id, a.version + k.version AS version, a.tier,"
-                " coalesce((SELECT max(p.version) FROM price_books AS p), 0) AS price_version"
+                " coalesce(price_book_at(clock_timestamp()), 0) AS price_version"
                 " FROM virtual_keys AS k INNER JOIN accounts AS a ON k.account_id = a.account_id"
                 " WHERE k.account_id = %s AND k.status = 'active'"
                 " AND coalesce(k.expires_at > clock_timestamp(), true)"

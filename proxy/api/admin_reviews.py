@@ -1,26 +1,41 @@
 """The review queue, `/admin/v1/reviews`: what waits for an operator, and what is decided of it."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
-from uuid import UUID
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pricing.errors import PricingError
+from proxy.api.answers import AdminUsage, Paged, ReviewCount, ReviewCounts
 from proxy.api.bodies import ReviewDecision, nanos_of, picos_of, read_body
-from proxy.api.pages import page_by_uuid
+from proxy.api.operations import Operation, Parameter
+from proxy.api.pages import PAGED_BY_UUID, page_by_uuid
+from proxy.api.paths import ADMIN, uuid_in, uuid_or_none
 from proxy.api.services import Services
-from proxy.api.shapes import Shape, Shapes, utc
+from proxy.api.shapes import Shapes, utc
 from proxy.api.web import answer, exchange_of
 from proxy.errors import ConflictError, InvalidRequestError, NotFoundError
+from proxy.operators import Operator
 from proxy.reports import ReviewFilter, Row
 from proxy.reviews import Decision, Resolved, Reviews
 
-_ACTOR = "admin"
+_REVIEWS = ADMIN + "/reviews"
 _MAX_AGE_S = 10 * 366 * 86_400
+_FILTERS = (
+    Parameter(name="reason", schema={"type": "string"}, summary="Why they wait."),
+    Parameter(
+        name="account_id",
+        schema={"type": "string", "format": "uuid"},
+        summary="Those of one account.",
+    ),
+    Parameter(name="model", schema={"type": "string"}, summary="Those of one model."),
+    Parameter(
+        name="older_than_s",
+        schema={"type": "integer", "minimum": 0, "maximum": _MAX_AGE_S},
+        summary="Those that began at least so many seconds ago.",
+    ),
+)
 _REFUSALS = {
     "not_waiting": "This request waits for no decision: it was settled meanwhile.",
     "not_charged": "This request was not charged, so it has no price to change: charge it.",
@@ -38,24 +53,50 @@ class ReviewApi:
         self._shapes = Shapes(services.nanos_per_credit)
         self._nanos_per_credit = services.nanos_per_credit
 
-    def routes(self, root: str, resource: Callable[..., Route]) -> list[Route]:
-        """Every path, made by `resource`, which puts it behind the admin key."""
+    def operations(self) -> list[Operation[Operator]]:
+        """Every endpoint."""
         return [
-            resource(root, GET=self._list),
-            resource(root + "/summary", GET=self._summary),
-            resource(root + "/{request_id}", POST=self._resolve),
+            Operation(
+                method="GET",
+                path=_REVIEWS,
+                handler=self._list,
+                needs="read",
+                tag="reviews",
+                summary="List the requests that wait for a decision",
+                answers=Paged[AdminUsage],
+                query=(*PAGED_BY_UUID, *_FILTERS),
+            ),
+            Operation(
+                method="GET",
+                path=_REVIEWS + "/summary",
+                handler=self._summary,
+                needs="read",
+                tag="reviews",
+                summary="Count what waits, by reason",
+                answers=ReviewCounts,
+            ),
+            Operation(
+                method="POST",
+                path=_REVIEWS + "/{request_id}",
+                handler=self._resolve,
+                needs="finance",
+                tag="reviews",
+                summary="Charge, waive or reprice a request",
+                body=ReviewDecision,
+                answers=AdminUsage,
+            ),
         ]
 
-    async def _list(self, request: Request) -> Response:
+    async def _list(self, request: Request, _operator: Operator) -> Response:
         page = page_by_uuid(request)
         rows = await self._reports.reviews(_filter(request), before=page.before, limit=page.limit)
         return answer(page.show(rows, "request_id", self._shapes.admin_usage))
 
-    async def _summary(self, _request: Request) -> Response:
+    async def _summary(self, _request: Request, _operator: Operator) -> Response:
         rows = await self._reports.review_counts()
         return answer({"data": [self._count(row) for row in rows]})
 
-    def _count(self, row: Row) -> Shape:
+    def _count(self, row: Row) -> ReviewCount:
         return {
             "reason": row["review_reason"],
             "charged": row["is_charged"],
@@ -64,9 +105,9 @@ class ReviewApi:
             "held": self._shapes.money(row["held"]),
         }
 
-    async def _resolve(self, request: Request) -> Response:
+    async def _resolve(self, request: Request, operator: Operator) -> Response:
         body = await read_body(exchange_of(request), ReviewDecision)
-        request_id = _uuid(request.path_params["request_id"])
+        request_id = uuid_in(request, "request_id")
         if request_id is None:
             raise _no_request()
         try:
@@ -74,7 +115,7 @@ class ReviewApi:
                 body.account_id,
                 request_id,
                 decision_of(body.decision, body.credits, body.cost_usd, self._nanos_per_credit),
-                actor=_ACTOR,
+                actor=operator.name,
                 reason=body.reason,
             )
         except PricingError as error:
@@ -121,7 +162,7 @@ def refusal(resolved: Resolved) -> str:
 def _filter(request: Request) -> ReviewFilter:
     asked = request.query_params
     account = asked.get("account_id")
-    account_id = None if account is None else _uuid(account)
+    account_id = None if account is None else uuid_or_none(account)
     if account is not None and account_id is None:
         raise InvalidRequestError("account_id must be the id of an account.", param="account_id")
     age = asked.get("older_than_s")
@@ -139,13 +180,6 @@ def _filter(request: Request) -> ReviewFilter:
         model=asked.get("model"),
         older_than=None if age is None else timedelta(seconds=int(age)),
     )
-
-
-def _uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
 
 
 def _no_request() -> NotFoundError:

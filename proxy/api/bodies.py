@@ -68,11 +68,21 @@ Credits = Annotated[str, BeforeValidator(_decimal_text)]
 Count = Annotated[int, Field(ge=1, le=_MAX_INT32)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What every body keeps to: no member that it does not know, no value of another type."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class NewAccount(_Body):
+class CallBody(BaseModel):
+    """The body of a call to a model: whatever the endpoint of that call takes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+
+
+class NewAccount(Body):
     """POST /admin/v1/accounts. `credit_limit` is how far in credits it may go below zero."""
 
     name: Name
@@ -80,13 +90,13 @@ class NewAccount(_Body):
     credit_limit: Credits = "0"
 
 
-class AccountOptions(_Body):
+class AccountOptions(Body):
     """PATCH /admin/v1/accounts/{id}: how the account is served; what is left out stays as it is."""
 
     replay_retries: bool
 
 
-class Grant(_Body):
+class Grant(Body):
     """POST …/grants. The reference makes it safe to send again."""
 
     credits: Credits
@@ -94,14 +104,14 @@ class Grant(_Body):
     reference: Name
 
 
-class Budget(_Body):
+class Budget(Body):
     """What a key may spend in a period; days and months are those of UTC."""
 
     credits: Credits
     period: Literal["day", "month", "total"] = "total"
 
 
-class KeyBody(_Body):
+class KeyBody(Body):
     """POST …/keys. What is left out is not limited."""
 
     name: Name
@@ -119,7 +129,7 @@ class KeyBody(_Body):
     budget: Budget | None = None
 
 
-class ReviewDecision(_Body):
+class ReviewDecision(Body):
     """POST /admin/v1/reviews/{request_id}: a price in credits, or a cost that is priced."""
 
     account_id: UUID
@@ -129,7 +139,7 @@ class ReviewDecision(_Body):
     reason: Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
-Model = TypeVar("Model", bound=_Body)
+Model = TypeVar("Model", bound=Body)
 
 
 async def read_body(exchange: Exchange, model: type[Model]) -> Model:
@@ -145,7 +155,7 @@ async def read_body(exchange: Exchange, model: type[Model]) -> Model:
         raise _explain(found, model) from None
 
 
-def _explain(found: ErrorDetails, model: type[_Body]) -> InvalidRequestError:
+def _explain(found: ErrorDetails, model: type[Body]) -> InvalidRequestError:
     param = ".".join(str(part) for part in found["loc"]) or None
     message = found["msg"].removeprefix("Value error, ")
     match found["type"]:

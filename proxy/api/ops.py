@@ -7,7 +7,7 @@ import asyncio
 import hmac
 import ipaddress
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
@@ -22,8 +22,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pricing.money import NANOS_PER_USD
+from proxy.api.answers import Liveness, Readiness
+from proxy.api.operations import Operation, mount
 from proxy.api.services import Services
-from proxy.api.web import Handler, answer, bearer, exchange_of, resource
+from proxy.api.web import answer, bearer, exchange_of
 from proxy.errors import MeteringUnavailableError, PermissionDeniedError
 from proxy.metrics import OBSERVER, SCRAPED_GAUGES
 from proxy.reports import Operations
@@ -50,23 +52,46 @@ class Ops:
         self._spool = services.spool
         self._token = services.ops_token.encode() if services.ops_token else None
 
-    def routes(self) -> list[Route]:
-        """Every path, each behind the token where the client is not on loopback."""
+    def operations(self) -> list[Operation[None]]:
+        """Everything that operations look at."""
         return [
-            resource("/livez", GET=self._guarded(self._livez)),
-            resource("/readyz", GET=self._guarded(self._readyz)),
-            resource("/metrics", GET=self._guarded(self._metrics)),
+            Operation(
+                method="GET",
+                path="/livez",
+                handler=self._livez,
+                needs="look",
+                tag="health",
+                summary="Whether the process answers",
+                answers=Liveness,
+            ),
+            Operation(
+                method="GET",
+                path="/readyz",
+                handler=self._readyz,
+                needs="look",
+                tag="health",
+                summary="Whether everything that the service needs is up; 503 where it is not",
+                answers=Readiness,
+                also={503: Readiness},
+            ),
+            Operation(
+                method="GET",
+                path="/metrics",
+                handler=self._metrics,
+                needs="look",
+                tag="health",
+                summary="Metrics for Prometheus",
+                media_types=("text/plain",),
+            ),
         ]
 
-    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
-            if not _is_local(request):
-                self._authenticate(request)
-            return await handler(request)
+    def routes(self) -> list[Route]:
+        """Every path, each behind the token where the client is not on loopback."""
+        return mount(self.operations(), self._authenticate)
 
-        return endpoint
-
-    def _authenticate(self, request: Request) -> None:
+    async def _authenticate(self, request: Request, _operation: Operation[None]) -> None:
+        if _is_local(request):
+            return
         if self._token is None:
             message = "This is open on loopback only: set TALLYGATE_OPS_TOKEN to ask from here."
             raise PermissionDeniedError(message, code="ops_only")
@@ -75,10 +100,10 @@ class Ops:
             message = "Send TALLYGATE_OPS_TOKEN as 'Authorization: Bearer …'."
             raise PermissionDeniedError(message, code="ops_only")
 
-    async def _livez(self, _request: Request) -> Response:
+    async def _livez(self, _request: Request, _caller: None) -> Response:
         return answer({"status": "alive"})
 
-    async def _readyz(self, _request: Request) -> Response:
+    async def _readyz(self, _request: Request, _caller: None) -> Response:
         async with asyncio.TaskGroup() as group:
             postgresql = group.create_task(self._reports.is_alive())
             litellm = group.create_task(self._control.is_alive())
@@ -108,7 +133,7 @@ class Ops:
         except MeteringUnavailableError:
             return False
 
-    async def _metrics(self, _request: Request) -> Response:
+    async def _metrics(self, _request: Request, _caller: None) -> Response:
         async with asyncio.TaskGroup() as group:
             operations = group.create_task(self._reports.operations())
             spool = group.create_task(asyncio.to_thread(self._spool_state))

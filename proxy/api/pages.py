@@ -7,6 +7,8 @@ from uuid import UUID
 
 from starlette.requests import Request
 
+from proxy.api.answers import Paged
+from proxy.api.operations import Parameter
 from proxy.errors import InvalidRequestError
 
 MAX_LIMIT = 500
@@ -14,6 +16,24 @@ _DEFAULT_LIMIT = 100
 _MAX_INTEGER = 2**63 - 1
 
 Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+_LIMIT = Parameter(
+    name="limit",
+    schema={"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": _DEFAULT_LIMIT},
+    summary="How many rows a page has at most.",
+)
+_CURSOR = "The `next_cursor` of the page before; left out, the list begins with the newest."
+# The parameters of a list that is read by `page_by_uuid`, and by `page_by_integer`.
+PAGED_BY_UUID = (
+    _LIMIT,
+    Parameter(name="cursor", schema={"type": "string", "format": "uuid"}, summary=_CURSOR),
+)
+PAGED_BY_INTEGER = (
+    _LIMIT,
+    Parameter(name="cursor", schema={"type": "integer", "minimum": 0}, summary=_CURSOR),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +52,8 @@ class Page(Generic[Key]):
         self,
         rows: Sequence[Mapping[str, Any]],
         key: str,
-        shape: Callable[[Mapping[str, Any]], dict[str, object]],
-    ) -> dict[str, object]:
+        shape: Callable[[Mapping[str, Any]], Item],
+    ) -> Paged[Item]:
         """Render rows that were read with `limit`; `key` is the column that the cursor holds."""
         shown = rows[: self.size]
         has_more = len(rows) > len(shown)

@@ -11,7 +11,8 @@ from pricing.errors import PricingError
 from pricing.markup import ChargeLine
 from pricing.money import decimal_text
 from pricing.price_book import parse_price_book
-from proxy.api.shapes import Shape, Shapes, utc
+from proxy.api import answers
+from proxy.api.shapes import Shapes, utc
 from proxy.estimates import Estimate
 from proxy.recompute import charge_of
 
@@ -20,9 +21,9 @@ _ATTO_DIGITS = 18
 _LABELS = {"cost": "usage", "byok_fee": "provider_key_fee", "cost_floor": "least_price"}
 
 
-def receipt(shapes: Shapes, row: Mapping[str, Any]) -> Shape:
+def receipt(shapes: Shapes, row: Mapping[str, Any]) -> answers.Receipt:
     """Render a request with everything that made its price; `row` is `Reports.usage_row`'s."""
-    entries = [
+    entries: list[answers.ReceiptEntry] = [
         {
             "seq": entry["seq"],
             "kind": entry["kind"],
@@ -51,7 +52,7 @@ def receipt(shapes: Shapes, row: Mapping[str, Any]) -> Shape:
     }
 
 
-def _lines(row: Mapping[str, Any]) -> list[Shape] | None:
+def _lines(row: Mapping[str, Any]) -> list[answers.PriceLine] | None:
     """The lines of the price, made anew from usage and price book; None where there is no price."""
     if row["price"] is None or row["document"] is None:
         return None
@@ -63,11 +64,15 @@ def _lines(row: Mapping[str, Any]) -> list[Shape] | None:
     if charged.price_nanos != row["price"]:
         # An operator has repriced it: what made that price stands in the audit trail.
         return None
-    rounding: Shape = {"label": "rounding", "quantity": None, "usd": _usd(charged.rounding_attos)}
+    rounding: answers.PriceLine = {
+        "label": "rounding",
+        "quantity": None,
+        "usd": _usd(charged.rounding_attos),
+    }
     return [*(_line(line) for line in charged.lines), rounding]
 
 
-def _line(line: ChargeLine) -> Shape:
+def _line(line: ChargeLine) -> answers.PriceLine:
     is_private = line.label in _LABELS
     return {
         "label": _LABELS.get(line.label, line.label),
@@ -80,7 +85,7 @@ def _usd(attos: int) -> str:
     return decimal_text(attos, _ATTO_DIGITS)
 
 
-def estimate_shape(shapes: Shapes, estimate: Estimate) -> Shape:
+def estimate_shape(shapes: Shapes, estimate: Estimate) -> answers.Estimate:
     """Render an estimate."""
     plan = estimate.plan
     likely, budget = estimate.likely_nanos, estimate.budget_left_nanos

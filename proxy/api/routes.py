@@ -7,10 +7,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from proxy.api.account import AccountApi
-from proxy.api.admin import AdminApi
 from proxy.api.internal import InternalApi
-from proxy.api.ops import Ops
+from proxy.api.openapi import OpenApi
+from proxy.api.planes import planes_of
 from proxy.api.services import Services
 from proxy.api.web import Envelope, refuse_route
 
@@ -19,11 +18,11 @@ Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 def make_application(services: Services, lifespan: Lifespan) -> Starlette:
     """Put the account API, the admin API, the ops endpoints and the internal one together."""
+    planes = planes_of(services)
     application = Starlette(
         routes=[
-            *Ops(services).routes(),
-            *AccountApi(services).routes(),
-            *AdminApi(services).routes(),
+            *(route for plane in planes for route in plane.routes),
+            *OpenApi(planes).routes(),
             *InternalApi(services).routes(),
         ],
         middleware=[Middleware(Envelope)],

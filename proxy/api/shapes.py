@@ -5,31 +5,15 @@ Two views of a request exist, and only the operator's has what the provider took
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast, overload
 from uuid import UUID
 
 from pricing.money import credits_text, decimal_text, usd_text, usd_text_from_picos
+from proxy.api import answers
 from proxy.ledger import Balance
 
 Row = Mapping[str, Any]
-Shape = dict[str, object]
 
-_COUNTS = (
-    "input_tokens",
-    "cached_input_tokens",
-    "cache_creation_tokens",
-    "cache_creation_1h_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-    "audio_input_tokens",
-    "audio_output_tokens",
-    "image_input_tokens",
-    "image_output_tokens",
-    "images",
-    "input_characters",
-    "audio_ms",
-    "queries",
-)
 _REQUEST_KINDS = frozenset({"hold", "capture", "void", "expire", "late_capture", "correction"})
 _NO_ACCOUNT = UUID(int=0)
 
@@ -40,11 +24,11 @@ class Shapes:
     def __init__(self, nanos_per_credit: int) -> None:
         self._nanos_per_credit = nanos_per_credit
 
-    def money(self, nanos: int) -> Shape:
+    def money(self, nanos: int) -> answers.Money:
         """Render an amount as decimal strings, exactly."""
         return {"credits": credits_text(nanos, self._nanos_per_credit), "usd": usd_text(nanos)}
 
-    def balance(self, balance: Balance) -> Shape:
+    def balance(self, balance: Balance) -> answers.Balance:
         """Render a balance."""
         return {
             "posted": self.money(balance.posted),
@@ -52,7 +36,7 @@ class Shapes:
             "available": self.money(balance.available),
         }
 
-    def account(self, row: Row) -> Shape:
+    def account(self, row: Row) -> answers.Account:
         """Render an account with its balance."""
         balance = Balance(row["posted"], row["reserved"], row["credit_limit"])
         return {
@@ -66,7 +50,7 @@ class Shapes:
             "credit_limit": self.money(balance.credit_limit),
         }
 
-    def key(self, row: Row) -> Shape:
+    def key(self, row: Row) -> answers.Key:
         """Render a virtual key; of the secret there is only its prefix."""
         budget = row["budget"]
         return {
@@ -86,7 +70,7 @@ class Shapes:
             else {**self.money(budget), "period": row["budget_period"]},
         }
 
-    def usage(self, row: Row) -> Shape:
+    def usage(self, row: Row) -> answers.Usage:
         """Render a request as its customer sees it; unknown counts of tokens are null."""
         price = row["price"]
         return {
@@ -95,11 +79,11 @@ class Shapes:
             "endpoint": row["endpoint"],
             "model": row["model"],
             "status": row["status"],
-            "usage": {name: row[name] for name in _COUNTS},
+            "usage": _counts(row),
             "price": None if price is None else self.money(price),
         }
 
-    def admin_usage(self, row: Row) -> Shape:
+    def admin_usage(self, row: Row) -> answers.AdminUsage:
         """Render a request as the operator sees it, with both sides of its money."""
         markup = row["markup_ppm"]
         return {
@@ -133,7 +117,7 @@ class Shapes:
             "duration_ms": row["duration_ms"],
         }
 
-    def entry(self, row: Row) -> Shape:
+    def entry(self, row: Row) -> answers.Entry:
         """Render a ledger entry as its customer sees it.
 
         Entries of a request have its id; others have an id of their own, which is that of the
@@ -154,11 +138,11 @@ class Shapes:
             "reference": row["reference"],
         }
 
-    def admin_entry(self, row: Row) -> Shape:
+    def admin_entry(self, row: Row) -> answers.AdminEntry:
         """Render a ledger entry as the operator sees it: the reason is a note to themselves."""
         return {**self.entry(row), "reason": row["reason"]}
 
-    def price_book(self, row: Row) -> Shape:
+    def price_book(self, row: Row) -> answers.PriceBook:
         """Render a version of the price book."""
         return {
             "version": row["version"],
@@ -169,11 +153,16 @@ class Shapes:
         }
 
 
-def _cost(picos: int | None) -> Shape | None:
+def _counts(row: Row) -> answers.Counts:
+    counts = {name: row[name] for name in answers.Counts.__annotations__}
+    return cast("answers.Counts", counts)
+
+
+def _cost(picos: int | None) -> answers.Cost | None:
     return None if picos is None else {"usd": usd_text_from_picos(picos), "picos": str(picos)}
 
 
-def audit_event(row: Row) -> Shape:
+def audit_event(row: Row) -> answers.AuditEvent:
     """Render an act of an operator; amounts in its detail are integers of nano-USD."""
     account_id = row["account_id"]
     return {
@@ -186,6 +175,10 @@ def audit_event(row: Row) -> Shape:
     }
 
 
+@overload
+def utc(moment: datetime) -> datetime: ...
+@overload
+def utc(moment: None) -> None: ...
 def utc(moment: datetime | None) -> datetime | None:
     """Bring a time to UTC: PostgreSQL answers in the time zone of its connection."""
     return None if moment is None else moment.astimezone(UTC)

@@ -44,7 +44,7 @@ _OF_ACCOUNTS = frozenset(
         "balances_equal_journal",
         "reserved_equals_open_holds",
         "no_overspend",
-        "key_counters_equal_open_holds",
+        "counters_equal_open_holds",
     }
 )
 _OF_ENTRIES = frozenset(

@@ -342,19 +342,21 @@ INVARIANTS = (
         """,
     ),
     Invariant(
-        "key_counters_equal_open_holds",
-        "a key's counters of holds and reserved money are those of its open holds",
-        "SELECT count(*) FROM key_counters",
+        "counters_equal_open_holds",
+        "the counters of holds and reserved money of whatever has limits are those of its open"
+        " holds",
+        "SELECT count(*) FROM scope_counters",
         """
         SELECT
-            account_id, key_id, c.holds, coalesce(h.holds, 0) AS open_holds,
+            account_id, scope_id, c.holds, coalesce(h.holds, 0) AS open_holds,
             c.reserved, coalesce(h.amount, 0) AS open_amount
-        FROM key_counters AS c
+        FROM scope_counters AS c
         FULL JOIN (
-            -- The holds of a key without limits are not counted, and have no minute.
-            SELECT account_id, key_id, count(*) AS holds, sum(amount) AS amount
-            FROM open_holds WHERE minute IS NOT NULL GROUP BY account_id, key_id
-        ) AS h USING (account_id, key_id)
+            -- A hold that nothing limits is not counted, and has no scopes.
+            SELECT o.account_id, s.scope_id, count(*) AS holds, sum(o.amount) AS amount
+            FROM open_holds AS o CROSS JOIN unnest(o.scopes) AS s (scope_id)
+            GROUP BY o.account_id, s.scope_id
+        ) AS h USING (account_id, scope_id)
         WHERE c.holds IS DISTINCT FROM coalesce(h.holds, 0)
             OR c.reserved IS DISTINCT FROM coalesce(h.amount, 0)
         """,
@@ -391,7 +393,8 @@ INVARIANTS = (
         FROM tables AS t
         WHERE (
             t.root IN (
-                'entries', 'audit_trail', 'price_books', 'seals', 'seal_points', 'detached_months'
+                'entries', 'audit_trail', 'price_books', 'price_book_cancellations', 'seals',
+                'seal_points', 'detached_months'
             )
             -- The tables of detached months, which have no parent any more.
             OR t.root ~ '^(entries|usage)_[0-9]{4}_[0-9]{2}$'

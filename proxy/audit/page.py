@@ -331,20 +331,20 @@ broken (invariant, account_id, detail) AS (
         )
     UNION ALL
     SELECT
-        'key_counters_equal_open_holds', account_id, jsonb_build_object(
-            'key_id', key_id, 'holds', c.holds, 'open_holds', coalesce(h.holds, 0),
+        'counters_equal_open_holds', account_id, jsonb_build_object(
+            'scope_id', scope_id, 'holds', c.holds, 'open_holds', coalesce(h.holds, 0),
             'reserved', c.reserved, 'open_amount', coalesce(h.amount, 0)
         )
     FROM (
-        SELECT k.* FROM key_counters AS k
+        SELECT k.* FROM scope_counters AS k
         WHERE k.account_id > %(after)s AND k.account_id <= %(last)s
     ) AS c
     FULL JOIN (
-        SELECT o.account_id, o.key_id, count(*) AS holds, sum(o.amount) AS amount
-        FROM open_holds AS o
-        WHERE o.minute IS NOT NULL AND o.account_id > %(after)s AND o.account_id <= %(last)s
-        GROUP BY o.account_id, o.key_id
-    ) AS h USING (account_id, key_id)
+        SELECT o.account_id, s.scope_id, count(*) AS holds, sum(o.amount) AS amount
+        FROM open_holds AS o CROSS JOIN unnest(o.scopes) AS s(scope_id)
+        WHERE o.account_id > %(after)s AND o.account_id <= %(last)s
+        GROUP BY o.account_id, s.scope_id
+    ) AS h USING (account_id, scope_id)
     WHERE c.holds IS DISTINCT FROM coalesce(h.holds, 0)
         OR c.reserved IS DISTINCT FROM coalesce(h.amount, 0)
 ),

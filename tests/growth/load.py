@@ -38,7 +38,8 @@ keys_made AS (
     SELECT account_id, key_id, sha256(key_id::text::bytea), 'sk-', 'key' FROM made
 ),
 counters_made AS (
-    INSERT INTO key_counters (account_id, key_id) SELECT account_id, key_id FROM made
+    INSERT INTO scope_counters (account_id, scope_id)
+    SELECT account_id, key_id FROM made UNION ALL SELECT account_id, account_id FROM made
 ),
 funding_made AS (
     INSERT INTO funding SELECT

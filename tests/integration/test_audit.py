@@ -129,7 +129,7 @@ BREAKS = {
     ),
     "an edited open hold": (
         "UPDATE open_holds SET amount = amount + 1 WHERE amount = 300",
-        {"reserved_equals_open_holds", "holds_end_once", "key_counters_equal_open_holds"},
+        {"reserved_equals_open_holds", "holds_end_once", "counters_equal_open_holds"},
     ),
     "a hold that vanished": (
         "DELETE FROM open_holds WHERE amount = 0",
@@ -308,16 +308,16 @@ BREAKS = {
         {"liability_equals_balances"},
     ),
     "a counter of holds that is off": (
-        "UPDATE key_counters SET holds = holds + 1 WHERE holds > 0",
-        {"key_counters_equal_open_holds"},
+        "UPDATE scope_counters SET holds = holds + 1 WHERE holds > 0",
+        {"counters_equal_open_holds"},
     ),
     "a counter of money that is off": (
-        "UPDATE key_counters SET reserved = 0",
-        {"key_counters_equal_open_holds"},
+        "UPDATE scope_counters SET reserved = 0",
+        {"counters_equal_open_holds"},
     ),
     "counters that are gone": (
-        "DELETE FROM key_counters",
-        {"key_counters_equal_open_holds"},
+        "DELETE FROM scope_counters",
+        {"counters_equal_open_holds"},
     ),
     "a right to change entries": (
         "GRANT UPDATE ON entries TO tallygate_app",

@@ -114,7 +114,7 @@ def test_what_began_before_the_seal_and_ended_after_is_seen_whole(
         ("UPDATE entries SET amount = 99, reserved_delta = 99 WHERE kind = 'hold' AND seq = 39",
          {"endings_release_their_hold", "usage_agrees_with_journal"}),
         ("DELETE FROM open_holds WHERE amount = 100", {"reserved_equals_open_holds",
-         "key_counters_equal_open_holds"}),
+         "counters_equal_open_holds"}),
         ("UPDATE balances SET posted = posted + 1 WHERE posted > 0", {"balances_equal_journal"}),
         ("UPDATE balances SET seq = seq + 1 WHERE overdraft > 0", {"sequence_ends_at_balance"}),
         ("DELETE FROM entries WHERE amount = 9", {"sequence_ends_at_balance",

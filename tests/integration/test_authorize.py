@@ -99,7 +99,7 @@ def test_requests_per_minute_hold_within_and_across_batches(account: NewAccount)
 def test_requests_per_minute_start_anew_with_the_minute(account: NewAccount) -> None:
     money = account(funds=1000, requests_per_minute=1)
     money.hold(1)
-    money.connection.execute("UPDATE key_counters SET minute = minute - interval '1 minute'")
+    money.connection.execute("UPDATE scope_counters SET minute = minute - interval '1 minute'")
     assert money.authorize(money.request(1)) == ["held"]
 
 
@@ -133,7 +133,7 @@ def test_budget_starts_anew_with_its_period(account: NewAccount) -> None:
     money = account(funds=10_000, budget=1000, budget_period="day")
     money.settle(capture(money.hold(1000), 1000))
     assert money.authorize(money.request(1)) == ["budget_exceeded"]
-    money.connection.execute("UPDATE key_counters SET period = period - interval '1 day'")
+    money.connection.execute("UPDATE scope_counters SET period = period - interval '1 day'")
     assert money.authorize(money.request(1)) == ["held"]
 
 

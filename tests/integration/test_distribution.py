@@ -70,8 +70,7 @@ def test_without_the_script_batches_of_several_accounts_would_be_refused(
         found = breaches(connection)
     named = {re.match(r"\w+", breach).group() for breach in found}  # type: ignore[union-attr]
     assert named == {
-        "authorize_batch", "extend_holds", "note_witness", "resolve_review", "settle_batch",
-        "settle_without_hold",
+        "authorize_batch", "extend_holds", "note_witness", "settle_batch", "settle_without_hold",
     }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def test_a_charge_takes_the_price_after_all(
     assert (row["resolution"], row["review_reason"]) == ("charge", reason)
     assert row["resolved_at"] is not None
     assert (row["rounding_attos"], row["markup_ppm"], row["cost_picos"]) == (0, None, None)
-    assert money.one("SELECT spent FROM key_counters") == (150,)
+    assert money.one("SELECT sum(spent)::bigint FROM scope_counters") == (150,)
     assert told(money) == [
         ("me", "review.charge", request["request_id"], "because", None, 150),
     ]
@@ -186,7 +186,7 @@ def test_another_price_is_a_correction_of_the_old_one(
     assert entry == (3, correction, correction, 0, "because")
     assert money.one("SELECT amount FROM entries WHERE kind = 'capture'") == (90,)
     assert summary(money, request) == ("billed", price, "reprice")
-    assert money.one("SELECT spent FROM key_counters") == (price,)
+    assert money.one("SELECT sum(spent)::bigint FROM scope_counters") == (price,)
     assert told(money)[0][4:] == (90, price)
     assert is_clean(database_url)
 
@@ -238,7 +238,7 @@ def test_a_correction_counts_in_the_period_of_its_capture(account: NewAccount) -
     request = doubted(money, 90)
     money.connection.execute("UPDATE usage SET settled_at = settled_at - interval '1 day'")
     resolve(money, request, "reprice", 40)
-    assert money.one("SELECT spent FROM key_counters") == (90,)
+    assert money.one("SELECT sum(spent)::bigint FROM scope_counters") == (90,)
 
 
 # --- money that is not there ---

@@ -52,7 +52,7 @@ def test_the_witness_brings_the_cost_of_a_void_for_review_once(account: NewAccou
     assert money.settle(witness(request, 150), void(request)) == ["already_captured"] * 2
     assert money.balance() == (850, 0, 0)
     assert money.kinds() == ["grant", "hold", "void", "late_capture"]
-    assert money.one("SELECT spent FROM key_counters") == (150,)
+    assert money.one("SELECT sum(spent)::bigint FROM scope_counters") == (150,)
     row = money.usage(request)
     assert (row["status"], row["price"], row["cost_picos"], row["review_reason"]) == (
         "billed",

@@ -79,7 +79,7 @@ class World:
         self._admin.execute("SET session_replication_role = replica")
         self._admin.execute(
             "DELETE FROM entries; DELETE FROM usage; DELETE FROM open_holds; DELETE FROM balances;"
-            " DELETE FROM accounts; DELETE FROM virtual_keys; DELETE FROM key_counters;"
+            " DELETE FROM accounts; DELETE FROM virtual_keys; DELETE FROM scope_counters;"
             " DELETE FROM funding; DELETE FROM audit_trail"
         )
         self._admin.execute("RESET session_replication_role")
@@ -125,7 +125,7 @@ class World:
 
     def pass_a_minute(self) -> None:
         """Make everything a minute older, as far as limits of a minute go."""
-        self._admin.execute("UPDATE key_counters SET minute = minute - interval '1 minute'")
+        self._admin.execute("UPDATE scope_counters SET minute = minute - interval '1 minute'")
         self._admin.execute("UPDATE open_holds SET minute = minute - interval '1 minute'")
         for hold in self._holds():
             hold["at"] -= timedelta(minutes=1)
@@ -133,7 +133,7 @@ class World:
     def pass_a_month(self) -> None:
         """Make everything a month older, as far as budgets go."""
         self._admin.execute(
-            "UPDATE key_counters AS c SET period = c.period - interval '1 month'"
+            "UPDATE scope_counters AS c SET period = c.period - interval '1 month'"
             " FROM virtual_keys AS k WHERE c.key_id = k.key_id AND k.budget_period <> 'total'"
         )
         for hold in self._holds():

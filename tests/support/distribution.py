@@ -10,21 +10,26 @@ import psycopg
 DISTRIBUTED = frozenset(
     {
         "accounts", "audit_trail", "balances", "carried_floors", "carried_seams", "carried_totals",
-        "entries", "funding", "idempotency_keys", "key_counters", "open_holds", "seal_points",
-        "usage", "virtual_keys",
+        "entries", "funding", "idempotency_keys", "open_holds", "projects", "scope_counters",
+        "seal_points", "usage", "virtual_keys", "webhook_counts", "webhook_deliveries",
+        "webhook_events", "webhook_lanes", "webhook_told",
     }
 )  # fmt: skip
 # On every node, because they are read beside accounts' rows and hardly ever written.
 REFERENCE = {
     "meta": "views join it for what a credit is worth",
+    "price_book_cancellations": "read with price_books",
     "price_books": "receipts and the audit read it beside usage",
     "seals": "checks of seals join it to seal_points",
+    "webhook_endpoints": "what is pending is read beside it",
 }
 # On the coordinator alone: about the whole ledger, and joined to nothing.
 LOCAL = {
     "audit_runs": "one row an audit",
     "detached_months": "one row a month",
+    "price_book_drafts": "a few rows, by operators",
     "reconciliations": "one row a comparison with a provider",
+    "webhook_watch": "one row",
 }
 # Functions that look at all accounts, and why no request waits for them.
 OVER_ALL_ACCOUNTS = {
@@ -33,6 +38,12 @@ OVER_ALL_ACCOUNTS = {
     "seal_page": "once a day, accounts in pages",
     "seal_content": "once a day",
     "close_seal": "once a day",
+    "watch_page": "the watch for webhooks, accounts in pages",
+    "claim_webhooks": "a receiver's events of all accounts; each is taken by account",
+    "change_webhook": "by an operator: what is pending for a receiver",
+    "delete_webhook": "by an operator: what is pending for a receiver",
+    "replay_webhooks": "by an operator: events since a time",
+    "purge_webhook_events": "the watch for webhooks",
     "retention_obstacle": "once a month, by an operator",
     "detach_month": "once a month, by an operator",
     "publish_price_book": "writes the trail of the whole house, under the nil account",

@@ -1,0 +1,75 @@
+"""What each endpoint of the account and admin APIs takes and answers, said once.
+
+Its route, its documentation and its tests are made of the same `Operation`, so none of them can
+say what another does not.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from proxy.api.web import Handler, resource
+
+Caller = TypeVar("Caller")
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A parameter of the query; `schema` is JSON Schema, such as `{"type": "integer"}`."""
+
+    name: str
+    schema: dict[str, object]
+    summary: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(Generic[Caller]):
+    """One method of one path.
+
+    `needs` is what its caller must be allowed to: see `proxy.principals` for the roles of virtual
+    keys, `proxy.operators` for those of operators. `answers` is the type of the answer's body, a
+    TypedDict or a list of them in pages (`Paged[…]`); None where there is none (204). An answer
+    that is no JSON has `media_types` in its place. `also` are types of answers with another status
+    that is no refusal; `refuses` are refusals that follow from nothing else here, such as 402.
+    """
+
+    method: Method
+    path: str
+    handler: Callable[[Request, Caller], Awaitable[Response]]
+    needs: str
+    tag: str
+    summary: str
+    answers: object = None
+    status: int = 200
+    body: type[BaseModel] | None = None
+    query: tuple[Parameter, ...] = ()
+    media_types: tuple[str, ...] = ("application/json",)
+    also: Mapping[int, object] = field(default_factory=dict[int, object])
+    refuses: tuple[int, ...] = ()
+
+
+def mount(
+    operations: Sequence[Operation[Caller]],
+    authenticate: Callable[[Request, Operation[Caller]], Awaitable[Caller]],
+) -> list[Route]:
+    """Route the operations, each behind the authentication; one route for each path."""
+    paths: dict[str, dict[str, Handler]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method] = _guarded(operation, authenticate)
+    return [resource(path, **handlers) for path, handlers in paths.items()]
+
+
+def _guarded(
+    operation: Operation[Caller],
+    authenticate: Callable[[Request, Operation[Caller]], Awaitable[Caller]],
+) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        return await operation.handler(request, await authenticate(request, operation))
+
+    return endpoint

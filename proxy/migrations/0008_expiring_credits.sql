@@ -1,0 +1,3 @@
+-- Credits that expire, and those of each month.
+
+SELECT 1;

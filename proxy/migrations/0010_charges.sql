@@ -1,0 +1,3 @@
+-- Metered actions.
+
+SELECT 1;

@@ -1,0 +1,28 @@
+"""Who works with the admin API, and what each role may do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+# What an operation of the admin API needs: to look; to help customers (accounts, keys, projects);
+# to move money and set prices; to run the service itself (admin keys, models, webhooks, erasure).
+ROLES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "owner": frozenset({"read", "support", "finance", "own"}),
+        "finance": frozenset({"read", "finance"}),
+        "support": frozenset({"read", "support"}),
+        "read-only": frozenset({"read"}),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """Whoever sent an admin key; `name` is what the audit trail calls them."""
+
+    name: str
+    role: str
+
+    def may(self, needs: str) -> bool:
+        """Whether the role allows what an operation needs."""
+        return needs in ROLES[self.role]
