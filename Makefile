@@ -15,7 +15,7 @@ export UV_SYSTEM_CERTS = 1
 # npm writes no addresses into its locks.
 export npm_config_omit_lockfile_registry_resolved = true
 
-.PHONY: up test check bench soak chaos mutation growth growth-memory lock clean
+.PHONY: up test check api-docs bench soak chaos mutation growth growth-memory lock clean
 .DEFAULT_GOAL := check
 
 # PostgreSQL, LiteLLM and Tallygate in one command; TALLYGATE_* variables reach it as they are.
@@ -38,6 +38,10 @@ check: $(STAMP)
 	$(BIN)/sqlfluff lint --processes 1 --disable-progress-bar $(wildcard schema.sql proxy/migrations)
 	$(BIN)/codespell
 	$(BIN)/vulture
+
+# The description of every endpoint, from the code.
+api-docs: $(STAMP)
+	$(BIN)/python -m tests.api_page docs/api.md
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench

@@ -231,6 +231,8 @@ CREATE TABLE entries (
                 phase = 1 AND amount <> 0 AND posted_delta = amount AND reserved_delta = 0
             WHEN 'reversal' THEN
                 phase = 1 AND amount <> 0 AND posted_delta = amount AND reserved_delta = 0
+            WHEN 'credit_expiry' THEN
+                phase = 1 AND amount < 0 AND posted_delta = amount AND reserved_delta = 0
             ELSE false
         END
     )
@@ -320,8 +322,11 @@ CREATE TABLE funding (
     reason text,
     actor text NOT NULL,
     at timestamptz NOT NULL,
+    -- What it gives back or takes back: the request of a refund, the entry of a reversal.
+    subject_id uuid,
     PRIMARY KEY (account_id, source, external_id)
 );
+CREATE INDEX funding_by_subject ON funding (account_id, subject_id) WHERE subject_id IS NOT NULL;
 
 -- Requests that came with an Idempotency-Key, by its SHA-256, and their answers for as long as a
 -- repetition is answered by them. An answer that was too large is NULL: the request was charged,
@@ -621,16 +626,19 @@ END;
 --
 -- p_batch is a JSON array of {account_id, request_id, key_id, version, amount, tokens, ttl_s,
 -- endpoint, model, tier, streamed, byok, price_version, account_requests_per_minute,
--- account_tokens_per_minute, account_max_concurrency}. `version` is the sum of the account's and
--- the key's version as the proxy knows them; the last three are the limits of the account's tier,
--- left out where there are none. Answers a row for each, in order:
+-- account_tokens_per_minute, account_max_concurrency, models_version}. `version` is the sum of the
+-- account's and the key's version as the proxy knows them, `models_version` that of the switches of
+-- models, left out where no model is asked for; the three before it are the limits of the account's
+-- tier, left out where there are none. What no key asks for has the account's id as its key_id, and
+-- the account's version. Answers a row for each, in order:
 --
 --   held                   the hold stands
 --   exists                 this request already has its hold: a replay after a lost answer
 --   duplicate              the same request stands in this batch before
 --   already_settled        it had one, and it has ended
 --   conflict               it has one of another amount
---   stale                  the proxy's copy of account or key is outdated: read it and ask again
+--   stale                  the proxy's copy of account, key or switches is outdated: read them and ask
+--                          again
 --   unknown_key, key_revoked, key_expired, account_suspended, account_closed
 --   insufficient_credits, budget_exceeded, project_budget_exceeded
 --   requests_per_minute, tokens_per_minute, max_concurrency, and the same with account_ before them
@@ -654,9 +662,12 @@ DECLARE
     v_requests uuid[];
     v_now timestamptz;
     v_minute timestamptz;
+    v_models integer;
 BEGIN
-    SELECT array_agg(r.account_id), array_agg(r.request_id ORDER BY r.request_id)
-    INTO v_accounts, v_requests
+    SELECT
+        array_agg(r.account_id), array_agg(r.request_id ORDER BY r.request_id),
+        (SELECT m.value::integer FROM meta AS m WHERE m.name = 'models_version')
+    INTO v_accounts, v_requests, v_models
     FROM json_to_recordset(p_batch) AS r(account_id uuid, request_id uuid);
     -- The locks, sorted, so that two batches can't wait for each other. The next statement has a
     -- new snapshot and so sees what whoever held the locks before us has committed.
@@ -681,12 +692,12 @@ BEGIN
                 tokens bigint, ttl_s integer, endpoint text, model text, tier text,
                 streamed boolean, byok boolean, price_version integer,
                 account_requests_per_minute integer, account_tokens_per_minute bigint,
-                account_max_concurrency integer
+                account_max_concurrency integer, models_version integer
             )
         ) WITH ORDINALITY AS r(
             account_id, request_id, key_id, version, amount, tokens, ttl_s, endpoint, model, tier,
             streamed, byok, price_version, account_requests_per_minute, account_tokens_per_minute,
-            account_max_concurrency, ord
+            account_max_concurrency, models_version, ord
         )
     ),
     known AS MATERIALIZED (
@@ -694,7 +705,8 @@ BEGIN
             a.*,
             b.posted, b.reserved, b.seq, b.posted - b.reserved + b.credit_limit AS funds,
             k.requests_per_minute, k.tokens_per_minute, k.project_id,
-            k.is_limited OR a.is_account_limited OR p.budget IS NOT NULL AS is_limited,
+            coalesce(k.is_limited, false) OR a.is_account_limited OR p.budget IS NOT NULL
+            AS is_limited,
             nullif(
                 array_remove(
                     ARRAY[
@@ -733,11 +745,13 @@ BEGIN
                     ELSE 'already_settled'
                 END
                 WHEN a.nth > 1 THEN 'duplicate'
-                WHEN k.key_id IS NULL OR b.account_id IS NULL THEN 'unknown_key'
+                WHEN b.account_id IS NULL OR (k.key_id IS NULL AND a.key_id <> a.account_id)
+                THEN 'unknown_key'
                 WHEN k.status = 'revoked' THEN 'key_revoked'
                 WHEN k.expires_at <= v_now THEN 'key_expired'
                 WHEN o.status <> 'active' THEN 'account_' || o.status
-                WHEN o.version + k.version <> a.version THEN 'stale'
+                WHEN o.version + coalesce(k.version, 0) <> a.version THEN 'stale'
+                WHEN a.models_version <> v_models THEN 'stale'
             END AS verdict
         FROM asked AS a
         LEFT JOIN balances AS b ON a.account_id = b.account_id
@@ -935,6 +949,8 @@ AS $$
 DECLARE
     v_now timestamptz;
     v_minute timestamptz;
+    v_recent uuid;
+    v_is_late boolean;
     v_done integer[];
     v_outcomes text[];
     v_overdrafts bigint[];
@@ -946,6 +962,7 @@ BEGIN
     ORDER BY b.account_id FOR NO KEY UPDATE;
     v_now := clock_timestamp();
     v_minute := date_trunc('minute', v_now);
+    v_recent := uuid_floor(v_now - interval '1 hour');
 
     WITH ended AS (
         DELETE FROM open_holds AS h
@@ -1063,13 +1080,25 @@ BEGIN
         array_agg(CASE p.action
             WHEN 'capture' THEN 'captured' WHEN 'void' THEN 'voided' ELSE 'expired'
         END),
-        array_agg(p.overdraft)
-    INTO v_done, v_outcomes, v_overdrafts
+        array_agg(p.overdraft),
+        bool_or(p.request_id < v_recent)
+    INTO v_done, v_outcomes, v_overdrafts, v_is_late
     FROM judged AS p;
 
     RETURN QUERY SELECT * FROM unnest(v_done, v_outcomes, v_overdrafts);
     IF json_array_length(p_batch) > coalesce(cardinality(v_done), 0) THEN
         RETURN QUERY SELECT * FROM settle_without_hold(p_batch, coalesce(v_done, '{}'));
+        v_is_late := true;
+    END IF;
+    -- Usage of hours that may have been rolled up; a mark too many costs nothing but a look.
+    IF v_is_late THEN
+        INSERT INTO usage_dirty
+        SELECT r.account_id, r.hour, gen_random_uuid()
+        FROM (
+            SELECT DISTINCT i.account_id, usage_hour(i.request_id) AS hour
+            FROM json_to_recordset(p_batch) AS i(account_id uuid, request_id uuid)
+            WHERE i.request_id < v_recent
+        ) AS r;
     END IF;
 END $$;
 
@@ -1195,7 +1224,9 @@ BEGIN
 END $$;
 
 -- Expire holds whose proxy died: the customer is not charged, and the usage row asks for review.
--- One sweeper works at a time; the others find the lock taken and leave.
+-- A charge's hold that nobody captured in its time is void, and there is nothing to review: nobody
+-- was told that it was captured. One sweeper works at a time; the others find the lock taken and
+-- leave. Says how many requests expired.
 CREATE FUNCTION expire_holds(p_limit integer, p_grace_s integer) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
 DECLARE
@@ -1205,11 +1236,19 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.expire_holds')) THEN
         RETURN 0;
     END IF;
-    SELECT json_agg(json_build_object(
-        'account_id', d.account_id, 'request_id', d.request_id, 'action', 'expire'
-    )) INTO v_due
+    SELECT json_agg(
+        CASE d.endpoint
+            WHEN 'charges' THEN json_build_object(
+                'account_id', d.account_id, 'request_id', d.request_id, 'action', 'void',
+                'status', 'void', 'error_code', 'hold_expired'
+            )
+            ELSE json_build_object(
+                'account_id', d.account_id, 'request_id', d.request_id, 'action', 'expire'
+            )
+        END
+    ) INTO v_due
     FROM (
-        SELECT h.account_id, h.request_id FROM open_holds AS h
+        SELECT h.account_id, h.request_id, h.endpoint FROM open_holds AS h
         WHERE h.expires_at <= clock_timestamp() - make_interval(secs => p_grace_s)
         ORDER BY h.expires_at LIMIT p_limit
     ) AS d;
@@ -1523,8 +1562,9 @@ BEGIN
     RETURN true;
 END $$;
 
--- p_key is {key_id, name, prefix, expires_at, allowed_models, requests_per_minute,
--- tokens_per_minute, max_concurrency, budget, budget_period}. False if there is no such account.
+-- p_key is {key_id, name, prefix, role, project_id, expires_at, allowed_models, allowed_endpoints,
+-- allowed_networks, requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period}.
+-- False if there is no such open account, or no such project of it that is active.
 CREATE FUNCTION create_key(p_account_id uuid, p_key_hash bytea, p_key jsonb, p_actor text)
 RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
@@ -1536,13 +1576,26 @@ BEGIN
     IF NOT FOUND THEN
         RETURN false;
     END IF;
+    IF v_key.project_id IS NOT NULL THEN
+        -- Nor is it archived before the key is there to be revoked.
+        PERFORM 1 FROM projects AS p
+        WHERE p.account_id = p_account_id AND p.project_id = v_key.project_id
+            AND p.status = 'active'
+        FOR SHARE;
+        IF NOT FOUND THEN
+            RETURN false;
+        END IF;
+    END IF;
     INSERT INTO virtual_keys (
         account_id, key_id, key_hash, prefix, name, expires_at, allowed_models,
-        requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period
+        requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period, role,
+        project_id, allowed_endpoints, allowed_networks
     ) VALUES (
         p_account_id, v_key.key_id, p_key_hash, v_key.prefix, v_key.name, v_key.expires_at,
         v_key.allowed_models, v_key.requests_per_minute, v_key.tokens_per_minute,
-        v_key.max_concurrency, v_key.budget, coalesce(v_key.budget_period, 'total')
+        v_key.max_concurrency, v_key.budget, coalesce(v_key.budget_period, 'total'),
+        coalesce(v_key.role, 'inference'), v_key.project_id, v_key.allowed_endpoints,
+        v_key.allowed_networks
     );
     INSERT INTO scope_counters (account_id, scope_id) VALUES (p_account_id, v_key.key_id);
     INSERT INTO audit_trail VALUES (
@@ -1611,6 +1664,7 @@ END $$;
 --   not_waiting      nobody asked for a review of it, or what it waited for has come
 --   not_charged      there is no price to change
 --   already_charged  there is one: reprice it
+--   refunded         more was refunded than it is to cost: reverse a refund first
 --   unknown          no such request has ended
 CREATE FUNCTION resolve_review(
     p_account_id uuid, p_request_id uuid, p_decision text, p_settled_at timestamptz,
@@ -1652,6 +1706,8 @@ BEGIN
         WHEN p_decision = 'charge' AND v_is_charged THEN 'already_charged'
         WHEN p_decision = 'reprice' AND NOT v_is_charged THEN 'not_charged'
         WHEN p_decision <> 'reprice' AND v_usage.review_reason IS NULL THEN 'not_waiting'
+        WHEN p_decision = 'reprice' AND p_price < refunded(p_account_id, p_request_id)
+        THEN 'refunded'
         WHEN v_usage.settled_at <> p_settled_at THEN 'stale'
         ELSE 'resolved'
     END;
@@ -1709,6 +1765,7 @@ BEGIN
             END
         )
     );
+    INSERT INTO usage_dirty VALUES (p_account_id, usage_hour(p_request_id), gen_random_uuid());
     RETURN NEXT;
 END $$;
 
@@ -1764,7 +1821,9 @@ RETURN sha256(convert_to(
         (p_usage).audio_input_tokens, '|', (p_usage).audio_output_tokens, '|',
         (p_usage).image_input_tokens, '|', (p_usage).image_output_tokens, '|',
         (p_usage).images, '|', (p_usage).input_characters, '|', (p_usage).audio_ms, '|',
-        (p_usage).queries
+        (p_usage).queries,
+        -- Nothing at all for what is no action: seals of before it know no quantity.
+        '|' || (p_usage).quantity
     ),
     'UTF8'
 ));
@@ -1958,6 +2017,7 @@ END $$;
 --   misplaced_rows  the default partitions have rows: they may be of any month
 --   unaudited       no audit has looked, or the newest found something
 --   unsealed        some of its entries are not sealed
+--   not_rolled_up   summaries still need its rows of usage
 CREATE FUNCTION retention_obstacle(p_month date) RETURNS text
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET timezone = 'UTC' SET enable_seqscan = off SET jit = off
@@ -2020,6 +2080,9 @@ BEGIN
     ) THEN
         RETURN 'unsealed';
     END IF;
+    IF (SELECT s.rolled_until FROM usage_rollup_state AS s) < p_month + interval '1 month' THEN
+        RETURN 'not_rolled_up';
+    END IF;
     RETURN NULL;
 END $$;
 
@@ -2052,6 +2115,12 @@ BEGIN
     v_month.month := p_month;
     v_month.detached_at := v_began;
     v_month.actor := p_actor;
+
+    -- Summaries have the month's rollups from here on, which nobody changes any more.
+    IF refresh_rollups(2147483647) IS NULL THEN
+        RETURN 'busy';
+    END IF;
+    UPDATE usage_rollup_state AS s SET frozen_until = p_month + interval '1 month';
 
     INSERT INTO carried_totals AS c (account_id, kind, entries, posted, reserved)
     SELECT e.account_id, e.kind, count(*), sum(e.posted_delta), sum(e.reserved_delta)
@@ -2435,8 +2504,8 @@ END $$;
 -- ---------------------------------------------------------------------------------------------
 
 -- Receivers of the operator's. The secrets are in clear: what is sent is signed with them.
-CREATE TABLE webhook_endpoints (
-    endpoint_id uuid PRIMARY KEY,
+CREATE TABLE webhook_receivers (
+    receiver_id uuid PRIMARY KEY,
     url text NOT NULL CHECK (length(url) BETWEEN 1 AND 2000),
     description text NOT NULL CHECK (length(description) <= 200),
     -- NULL for every type.
@@ -2449,7 +2518,7 @@ CREATE TABLE webhook_endpoints (
     old_secret text,
     old_secret_until timestamptz,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    CONSTRAINT webhook_endpoints_old_secret_ends CHECK (
+    CONSTRAINT webhook_receivers_old_secret_ends CHECK (
         num_nonnulls(old_secret, old_secret_until) <> 1
     )
 );
@@ -2476,7 +2545,7 @@ CREATE TABLE webhook_counts (
 CREATE TABLE webhook_deliveries (
     account_id uuid NOT NULL,
     number bigint NOT NULL,
-    endpoint_id uuid NOT NULL,
+    receiver_id uuid NOT NULL,
     event_id uuid NOT NULL,
     status text NOT NULL CHECK (status IN ('pending', 'delivered', 'failed')),
     queued_at timestamptz NOT NULL,
@@ -2485,10 +2554,10 @@ CREATE TABLE webhook_deliveries (
     -- What the receiver answered; NULL where it did not.
     last_status integer,
     last_error text,
-    PRIMARY KEY (account_id, number, endpoint_id)
+    PRIMARY KEY (account_id, number, receiver_id)
 );
-CREATE INDEX webhook_deliveries_by_endpoint ON webhook_deliveries (endpoint_id, event_id);
-CREATE INDEX webhook_deliveries_pending ON webhook_deliveries (account_id, endpoint_id, number)
+CREATE INDEX webhook_deliveries_by_receiver ON webhook_deliveries (receiver_id, event_id);
+CREATE INDEX webhook_deliveries_pending ON webhook_deliveries (account_id, receiver_id, number)
 WHERE status = 'pending';
 CREATE INDEX webhook_deliveries_unfinished ON webhook_deliveries (status, queued_at)
 WHERE status <> 'delivered';
@@ -2497,11 +2566,11 @@ WHERE status <> 'delivered';
 -- arrive in order. Whoever tries it moves due_at to when the lease of it ends.
 CREATE TABLE webhook_lanes (
     account_id uuid NOT NULL,
-    endpoint_id uuid NOT NULL,
+    receiver_id uuid NOT NULL,
     due_at timestamptz NOT NULL,
-    PRIMARY KEY (account_id, endpoint_id)
+    PRIMARY KEY (account_id, receiver_id)
 );
-CREATE INDEX webhook_lanes_by_due ON webhook_lanes (endpoint_id, due_at);
+CREATE INDEX webhook_lanes_by_due ON webhook_lanes (receiver_id, due_at);
 
 -- What was told and is still so: see watch_page. `mark` tells one time from the next, where the
 -- same may begin anew unseen: the budget's period.
@@ -2528,12 +2597,12 @@ WHERE budget IS NOT NULL;
 
 -- Write an event, for every receiver that takes its type or, where one is named, for that alone.
 CREATE FUNCTION put_webhook_event(
-    p_account_id uuid, p_event_id uuid, p_type text, p_data jsonb, p_endpoint_id uuid
+    p_account_id uuid, p_event_id uuid, p_type text, p_data jsonb, p_receiver_id uuid
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
 DECLARE
     v_number bigint;
-    v_endpoint_id uuid;
+    v_receiver_id uuid;
     v_now constant timestamptz := clock_timestamp();
 BEGIN
     INSERT INTO webhook_counts AS c VALUES (p_account_id, 1)
@@ -2541,21 +2610,21 @@ BEGIN
     RETURNING c.events INTO v_number;
     INSERT INTO webhook_events
     VALUES (p_account_id, v_number, p_event_id, p_type, p_data, v_now);
-    FOR v_endpoint_id IN
-        SELECT e.endpoint_id FROM webhook_endpoints AS e
+    FOR v_receiver_id IN
+        SELECT e.receiver_id FROM webhook_receivers AS e
         WHERE CASE
-            WHEN p_endpoint_id IS NULL THEN coalesce(p_type = ANY(e.event_types), true)
-            ELSE e.endpoint_id = p_endpoint_id
+            WHEN p_receiver_id IS NULL THEN coalesce(p_type = ANY(e.event_types), true)
+            ELSE e.receiver_id = p_receiver_id
         END
-        ORDER BY e.endpoint_id
+        ORDER BY e.receiver_id
         FOR KEY SHARE  -- none of them is deleted meanwhile
     LOOP
         INSERT INTO webhook_deliveries (
-            account_id, number, endpoint_id, event_id, status, queued_at
-        ) VALUES (p_account_id, v_number, v_endpoint_id, p_event_id, 'pending', v_now);
+            account_id, number, receiver_id, event_id, status, queued_at
+        ) VALUES (p_account_id, v_number, v_receiver_id, p_event_id, 'pending', v_now);
         -- The lane may be ended by whoever delivered the last of it: DO NOTHING would not wait.
-        INSERT INTO webhook_lanes AS l VALUES (p_account_id, v_endpoint_id, v_now)
-        ON CONFLICT (account_id, endpoint_id) DO UPDATE SET due_at = l.due_at;
+        INSERT INTO webhook_lanes AS l VALUES (p_account_id, v_receiver_id, v_now)
+        ON CONFLICT (account_id, receiver_id) DO UPDATE SET due_at = l.due_at;
     END LOOP;
 END $$;
 
@@ -2695,7 +2764,7 @@ END $$;
 
 -- Take up to p_limit events that are due for a receiver, each the oldest pending of its account, for
 -- p_lease_s: whoever takes longer may find that somebody else sent it too.
-CREATE FUNCTION claim_webhooks(p_endpoint_id uuid, p_limit integer, p_lease_s double precision)
+CREATE FUNCTION claim_webhooks(p_receiver_id uuid, p_limit integer, p_lease_s double precision)
 RETURNS TABLE (
     account_id uuid, number bigint, event_id uuid, type text, data jsonb, at timestamptz,
     attempts integer, lease timestamptz
@@ -2711,17 +2780,17 @@ BEGIN
     lease := clock_timestamp() + make_interval(secs => p_lease_s);
     FOR v_lane IN
         SELECT l.account_id, l.due_at FROM webhook_lanes AS l
-        WHERE l.endpoint_id = p_endpoint_id AND l.due_at <= clock_timestamp()
+        WHERE l.receiver_id = p_receiver_id AND l.due_at <= clock_timestamp()
             AND EXISTS (
-                SELECT 1 FROM webhook_endpoints AS e
-                WHERE e.endpoint_id = p_endpoint_id AND e.status = 'active'
+                SELECT 1 FROM webhook_receivers AS e
+                WHERE e.receiver_id = p_receiver_id AND e.status = 'active'
             )
         -- Others take from the same end.
         ORDER BY l.due_at LIMIT 4 * p_limit
     LOOP
         EXIT WHEN v_taken = p_limit;
         PERFORM 1 FROM webhook_lanes AS l
-        WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id
+        WHERE l.account_id = v_lane.account_id AND l.receiver_id = p_receiver_id
             AND l.due_at = v_lane.due_at
         FOR UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND;
@@ -2731,16 +2800,16 @@ BEGIN
         INNER JOIN webhook_events AS e
             ON d.account_id = e.account_id AND d.number = e.number
             AND e.account_id = v_lane.account_id
-        WHERE d.account_id = v_lane.account_id AND d.endpoint_id = p_endpoint_id
+        WHERE d.account_id = v_lane.account_id AND d.receiver_id = p_receiver_id
             AND d.status = 'pending'
         ORDER BY d.number LIMIT 1;
         IF NOT FOUND THEN  -- it was forgotten for its age, or erased
             DELETE FROM webhook_lanes AS l
-            WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id;
+            WHERE l.account_id = v_lane.account_id AND l.receiver_id = p_receiver_id;
             CONTINUE;
         END IF;
         UPDATE webhook_lanes AS l SET due_at = lease
-        WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = v_lane.account_id AND l.receiver_id = p_receiver_id;
         v_taken := v_taken + 1;
         RETURN NEXT;
     END LOOP;
@@ -2754,7 +2823,7 @@ END $$;
 --   failed      nobody took it for p_give_up_s since it was queued; the next of the account is due
 --   lost        the lease was over, and somebody else has it
 CREATE FUNCTION finish_webhook(
-    p_account_id uuid, p_endpoint_id uuid, p_number bigint, p_lease timestamptz, p_outcome text,
+    p_account_id uuid, p_receiver_id uuid, p_number bigint, p_lease timestamptz, p_outcome text,
     p_status integer, p_error text, p_retry_s double precision, p_give_up_s double precision
 ) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
@@ -2765,11 +2834,11 @@ DECLARE
     v_outcome text;
 BEGIN
     IF p_outcome = 'gone' THEN
-        UPDATE webhook_endpoints AS e SET status = 'paused', is_gone = true
-        WHERE e.endpoint_id = p_endpoint_id AND e.status = 'active';
+        UPDATE webhook_receivers AS e SET status = 'paused', is_gone = true
+        WHERE e.receiver_id = p_receiver_id AND e.status = 'active';
     END IF;
     PERFORM 1 FROM webhook_lanes AS l
-    WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id AND l.due_at = p_lease
+    WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id AND l.due_at = p_lease
     FOR UPDATE;
     IF NOT FOUND THEN
         RETURN 'lost';
@@ -2784,134 +2853,134 @@ BEGIN
         END,
         attempts = d.attempts + 1, last_attempt_at = v_now, last_status = p_status,
         last_error = p_error
-    WHERE d.account_id = p_account_id AND d.number = p_number AND d.endpoint_id = p_endpoint_id
+    WHERE d.account_id = p_account_id AND d.number = p_number AND d.receiver_id = p_receiver_id
     RETURNING d.status INTO v_outcome;
     IF v_outcome = 'pending' THEN
         UPDATE webhook_lanes AS l SET due_at = v_now + make_interval(secs => p_retry_s)
-        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id;
         RETURN v_outcome;
     END IF;
     PERFORM 1 FROM webhook_deliveries AS d
-    WHERE d.account_id = p_account_id AND d.endpoint_id = p_endpoint_id AND d.status = 'pending'
+    WHERE d.account_id = p_account_id AND d.receiver_id = p_receiver_id AND d.status = 'pending'
     LIMIT 1;
     IF FOUND THEN
         UPDATE webhook_lanes AS l SET due_at = v_now
-        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id;
     ELSE
         DELETE FROM webhook_lanes AS l
-        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id;
     END IF;
     RETURN coalesce(v_outcome, 'lost');
 END $$;
 
 CREATE FUNCTION create_webhook(
-    p_endpoint_id uuid, p_url text, p_description text, p_event_types text[], p_secret text,
+    p_receiver_id uuid, p_url text, p_description text, p_event_types text[], p_secret text,
     p_actor text
 ) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
 BEGIN
-    INSERT INTO webhook_endpoints (endpoint_id, url, description, event_types, secret)
-    VALUES (p_endpoint_id, p_url, p_description, p_event_types, p_secret);
+    INSERT INTO webhook_receivers (receiver_id, url, description, event_types, secret)
+    VALUES (p_receiver_id, p_url, p_description, p_event_types, p_secret);
     INSERT INTO audit_trail VALUES (
-        '00000000-0000-0000-0000-000000000000', p_endpoint_id, clock_timestamp(), p_actor,
-        'webhook.create', jsonb_build_object('endpoint_id', p_endpoint_id, 'url', p_url)
+        '00000000-0000-0000-0000-000000000000', p_receiver_id, clock_timestamp(), p_actor,
+        'webhook.create', jsonb_build_object('receiver_id', p_receiver_id, 'url', p_url)
     );
 END $$;
 
 -- p_change has those of {url, description, event_types, status} that change. What is pending for a
 -- receiver that is active again is due at once, with all of its time. False if there is no such.
 CREATE FUNCTION change_webhook(
-    p_endpoint_id uuid, p_change jsonb, p_event_id uuid, p_actor text
+    p_receiver_id uuid, p_change jsonb, p_event_id uuid, p_actor text
 ) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 DECLARE
-    v_new webhook_endpoints;
-    v_old webhook_endpoints;
+    v_new webhook_receivers;
+    v_old webhook_receivers;
     v_now constant timestamptz := clock_timestamp();
 BEGIN
-    SELECT * INTO v_old FROM webhook_endpoints AS e
-    WHERE e.endpoint_id = p_endpoint_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM webhook_receivers AS e
+    WHERE e.receiver_id = p_receiver_id FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
     v_new := jsonb_populate_record(v_old, p_change);
-    UPDATE webhook_endpoints AS e SET
+    UPDATE webhook_receivers AS e SET
         url = v_new.url, description = v_new.description, event_types = v_new.event_types,
         status = v_new.status, is_gone = e.is_gone AND v_new.status = 'paused'
-    WHERE e.endpoint_id = p_endpoint_id;
+    WHERE e.receiver_id = p_receiver_id;
     IF v_old.status = 'paused' AND v_new.status = 'active' THEN
-        UPDATE webhook_lanes AS l SET due_at = v_now WHERE l.endpoint_id = p_endpoint_id;
+        UPDATE webhook_lanes AS l SET due_at = v_now WHERE l.receiver_id = p_receiver_id;
         UPDATE webhook_deliveries AS d SET queued_at = v_now
-        WHERE d.endpoint_id = p_endpoint_id AND d.status = 'pending';
+        WHERE d.receiver_id = p_receiver_id AND d.status = 'pending';
     END IF;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, v_now, p_actor, 'webhook.change',
-        p_change || jsonb_build_object('endpoint_id', p_endpoint_id)
+        p_change || jsonb_build_object('receiver_id', p_receiver_id)
     );
     RETURN true;
 END $$;
 
 -- Both secrets sign for p_overlap_s; one that was still signing from a rotation before does no more.
 CREATE FUNCTION rotate_webhook_secret(
-    p_endpoint_id uuid, p_secret text, p_overlap_s integer, p_event_id uuid, p_actor text
+    p_receiver_id uuid, p_secret text, p_overlap_s integer, p_event_id uuid, p_actor text
 ) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 BEGIN
-    UPDATE webhook_endpoints AS e SET
+    UPDATE webhook_receivers AS e SET
         secret = p_secret, old_secret = e.secret,
         old_secret_until = clock_timestamp() + make_interval(secs => p_overlap_s)
-    WHERE e.endpoint_id = p_endpoint_id;
+    WHERE e.receiver_id = p_receiver_id;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
         'webhook.rotate', jsonb_build_object(
-            'endpoint_id', p_endpoint_id, 'overlap_s', p_overlap_s
+            'receiver_id', p_receiver_id, 'overlap_s', p_overlap_s
         )
     );
     RETURN true;
 END $$;
 
 -- What was pending for it is forgotten; the events stay for others. False if there is no such.
-CREATE FUNCTION delete_webhook(p_endpoint_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
+CREATE FUNCTION delete_webhook(p_receiver_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 DECLARE
     v_url text;
 BEGIN
-    DELETE FROM webhook_endpoints AS e WHERE e.endpoint_id = p_endpoint_id
+    DELETE FROM webhook_receivers AS e WHERE e.receiver_id = p_receiver_id
     RETURNING e.url INTO v_url;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    DELETE FROM webhook_lanes AS l WHERE l.endpoint_id = p_endpoint_id;
-    DELETE FROM webhook_deliveries AS d WHERE d.endpoint_id = p_endpoint_id;
+    DELETE FROM webhook_lanes AS l WHERE l.receiver_id = p_receiver_id;
+    DELETE FROM webhook_deliveries AS d WHERE d.receiver_id = p_receiver_id;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
-        'webhook.delete', jsonb_build_object('endpoint_id', p_endpoint_id, 'url', v_url)
+        'webhook.delete', jsonb_build_object('receiver_id', p_receiver_id, 'url', v_url)
     );
     RETURN true;
 END $$;
 
 -- Queue an event that only tries whether a receiver gets it. False if there is no such receiver.
-CREATE FUNCTION test_webhook(p_endpoint_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
+CREATE FUNCTION test_webhook(p_receiver_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 BEGIN
-    PERFORM 1 FROM webhook_endpoints AS e WHERE e.endpoint_id = p_endpoint_id FOR KEY SHARE;
+    PERFORM 1 FROM webhook_receivers AS e WHERE e.receiver_id = p_receiver_id FOR KEY SHARE;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
     PERFORM put_webhook_event(
         '00000000-0000-0000-0000-000000000000', p_event_id, 'webhook.test',
-        jsonb_build_object('endpoint_id', p_endpoint_id), p_endpoint_id
+        jsonb_build_object('receiver_id', p_receiver_id), p_receiver_id
     );
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
-        'webhook.test', jsonb_build_object('endpoint_id', p_endpoint_id)
+        'webhook.test', jsonb_build_object('receiver_id', p_receiver_id)
     );
     RETURN true;
 END $$;
@@ -2919,7 +2988,7 @@ END $$;
 -- Queue events again for a receiver, or for the first time: the one of p_event_id, or all that it
 -- takes since p_since. Answers how many; NULL if there is no such receiver.
 CREATE FUNCTION replay_webhooks(
-    p_endpoint_id uuid, p_event_id uuid, p_since timestamptz, p_act_id uuid, p_actor text
+    p_receiver_id uuid, p_event_id uuid, p_since timestamptz, p_act_id uuid, p_actor text
 ) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off SET plan_cache_mode = force_custom_plan
@@ -2931,8 +3000,8 @@ DECLARE
     v_numbers bigint[];
     v_queued integer;
 BEGIN
-    SELECT e.event_types INTO v_event_types FROM webhook_endpoints AS e
-    WHERE e.endpoint_id = p_endpoint_id FOR KEY SHARE;
+    SELECT e.event_types INTO v_event_types FROM webhook_receivers AS e
+    WHERE e.receiver_id = p_receiver_id FOR KEY SHARE;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
@@ -2942,29 +3011,29 @@ BEGIN
         WHEN p_event_id IS NULL
         THEN e.type <> 'webhook.test' AND coalesce(e.type = ANY(v_event_types), true)
         -- A test is for the receiver that it was made for.
-        ELSE e.type <> 'webhook.test' OR e.data ->> 'endpoint_id' = p_endpoint_id::text
+        ELSE e.type <> 'webhook.test' OR e.data ->> 'receiver_id' = p_receiver_id::text
     END
     AND e.event_id >= coalesce(p_event_id, uuid_floor(p_since))
     AND e.event_id <= coalesce(p_event_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
     -- The lanes first, and sorted, as whoever delivers takes them. One that waits for its next try
     -- waits no longer.
     INSERT INTO webhook_lanes AS l
-    SELECT DISTINCT a.account_id, p_endpoint_id, v_now FROM unnest(v_accounts) AS a (account_id)
+    SELECT DISTINCT a.account_id, p_receiver_id, v_now FROM unnest(v_accounts) AS a (account_id)
     ORDER BY a.account_id
-    ON CONFLICT (account_id, endpoint_id) DO UPDATE SET due_at = excluded.due_at;
+    ON CONFLICT (account_id, receiver_id) DO UPDATE SET due_at = excluded.due_at;
     INSERT INTO webhook_deliveries AS d (
-        account_id, number, endpoint_id, event_id, status, queued_at
+        account_id, number, receiver_id, event_id, status, queued_at
     )
-    SELECT e.account_id, e.number, p_endpoint_id, e.event_id, 'pending', v_now
+    SELECT e.account_id, e.number, p_receiver_id, e.event_id, 'pending', v_now
     FROM unnest(v_accounts, v_numbers) AS a (account_id, number)
     INNER JOIN webhook_events AS e ON a.account_id = e.account_id AND a.number = e.number
-    ON CONFLICT (account_id, number, endpoint_id) DO UPDATE SET
+    ON CONFLICT (account_id, number, receiver_id) DO UPDATE SET
         status = 'pending', queued_at = excluded.queued_at, attempts = 0;
     GET DIAGNOSTICS v_queued = ROW_COUNT;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_act_id, v_now, p_actor, 'webhook.replay',
         jsonb_build_object(
-            'endpoint_id', p_endpoint_id, 'event_id', p_event_id, 'since', p_since,
+            'receiver_id', p_receiver_id, 'event_id', p_event_id, 'since', p_since,
             'events', v_queued
         )
     );
@@ -2987,7 +3056,7 @@ BEGIN
         WHERE e.event_id < uuid_floor(clock_timestamp() - make_interval(secs => p_age_s))
             AND NOT EXISTS (
                 SELECT 1 FROM webhook_deliveries AS d
-                INNER JOIN webhook_endpoints AS r ON d.endpoint_id = r.endpoint_id
+                INNER JOIN webhook_receivers AS r ON d.receiver_id = r.receiver_id
                 WHERE d.account_id = e.account_id AND d.number = e.number
                     AND d.status = 'pending' AND r.status = 'active'
             )
@@ -3013,13 +3082,17 @@ RETURN (
     SELECT coalesce(jsonb_object_agg(d.key, CASE
         WHEN jsonb_typeof(d.value) IN ('number', 'boolean', 'null') THEN d.value
         WHEN d.key IN (
-            'budget_period', 'endpoint_id', 'event_id', 'expires_at', 'key_id', 'project_id',
+            'budget_period', 'receiver_id', 'event_id', 'expires_at', 'key_id', 'project_id',
             'reference', 'request_id', 'review_reason', 'role', 'source', 'status', 'tier'
         ) AND jsonb_typeof(d.value) = 'string' THEN d.value
         ELSE '"erased"'::jsonb
     END), '{}')
     FROM jsonb_each(p_detail) AS d (key, value)
 );
+
+-- What the service may be told to erase by itself.
+CREATE INDEX accounts_to_erase ON accounts (account_id)
+WHERE status = 'closed' AND erased_at IS NULL;
 
 -- Remove what tells of a person from a closed account, for good. Money stays, and so does what seals
 -- vouch for: entries with their reasons and references, usage, funding. Answers
@@ -3061,6 +3134,15 @@ BEGIN
         revoked_at = coalesce(k.revoked_at, clock_timestamp()), version = k.version + 1
     WHERE k.account_id = p_account_id;
     UPDATE projects AS p SET name = 'erased' WHERE p.account_id = p_account_id;
+    UPDATE charges AS c SET description = NULL, metadata = '{}', key_hash = NULL
+    WHERE c.account_id = p_account_id;
+    UPDATE recurring_charges AS c SET
+        description = NULL, metadata = '{}', key_hash = NULL, status = 'cancelled'
+    WHERE c.account_id = p_account_id;
+    UPDATE charges AS c SET description = NULL, metadata = '{}'
+    WHERE c.account_id = p_account_id AND (c.description IS NOT NULL OR c.metadata <> '{}');
+    UPDATE recurring_charges AS c SET description = NULL, metadata = '{}'
+    WHERE c.account_id = p_account_id;
     DELETE FROM idempotency_keys AS k WHERE k.account_id = p_account_id;
     DELETE FROM webhook_lanes AS l WHERE l.account_id = p_account_id;
     DELETE FROM webhook_deliveries AS d WHERE d.account_id = p_account_id;
@@ -3075,6 +3157,2089 @@ BEGIN
         jsonb_build_object('reason', p_reason)
     );
     RETURN 'erased';
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Tiers: expiring credits, those of each month, and the terms of an account
+-- ---------------------------------------------------------------------------------------------
+
+-- Credits that are there until a time, by the entry of their grant. What is spent is taken from
+-- those that expire first, and from credits that don't expire only when none of these are left. No
+-- request waits for that: `remaining` is as of when somebody last looked (see allocate_credits).
+CREATE TABLE expiring_credits (
+    account_id uuid NOT NULL,
+    grant_id uuid NOT NULL,
+    amount bigint NOT NULL CHECK (amount > 0),
+    remaining bigint NOT NULL CHECK (remaining >= 0),
+    expired bigint NOT NULL DEFAULT 0 CHECK (expired >= 0),
+    granted_at timestamptz NOT NULL,
+    expires_at timestamptz NOT NULL,
+    -- When the sweeper looks next: some of them may still be held when their time comes.
+    due_at timestamptz NOT NULL,
+    closed_at timestamptz,
+    PRIMARY KEY (account_id, grant_id),
+    CONSTRAINT expiring_credits_add_up CHECK (remaining + expired <= amount),
+    CONSTRAINT expiring_credits_close_empty CHECK ((closed_at IS NULL) = (remaining > 0))
+);
+CREATE INDEX expiring_credits_open ON expiring_credits (account_id, expires_at)
+WHERE closed_at IS NULL;
+CREATE INDEX expiring_credits_by_due ON expiring_credits (due_at) WHERE closed_at IS NULL;
+
+-- What an account had spent in all when that was last taken from its expiring credits.
+CREATE TABLE credit_allocations (
+    account_id uuid PRIMARY KEY,
+    spent bigint NOT NULL
+);
+
+-- How far the credits of a month are given, and when somebody looks again: of all replicas.
+CREATE TABLE monthly_walk (
+    is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    -- The month as YYYY-MM and what each tier gets; where either changes, everybody comes again.
+    month text NOT NULL,
+    tiers jsonb NOT NULL,
+    after uuid NOT NULL,
+    due_at timestamptz NOT NULL
+);
+INSERT INTO monthly_walk
+VALUES (true, '', '{}', '00000000-0000-0000-0000-000000000000', 'epoch');
+
+-- A uuidv7 of now. PostgreSQL has one of its own from 18 on.
+CREATE FUNCTION new_uuid7() RETURNS uuid LANGUAGE sql VOLATILE
+RETURN encode(
+    -- Six bytes of milliseconds over a random uuid, and its version of 4 made 7.
+    set_bit(set_bit(
+        overlay(
+            uuid_send(gen_random_uuid())
+            PLACING substring(
+                int8send((extract(EPOCH FROM clock_timestamp()) * 1000)::bigint) FROM 3
+            )
+            FROM 1 FOR 6
+        ),
+        52, 1
+    ), 53, 1),
+    'hex'
+)::uuid;
+
+-- What is left of an account's expiring credits at this moment, the first to expire first. `free` is
+-- what no open hold may take: holds count as spent by the order of their credits.
+--
+-- Spent is what was posted beside requests less what is posted now; since the last look it is taken
+-- first. Nor is more left than is posted: what an operator took back, and a debt that a grant was
+-- used to pay, is gone.
+CREATE FUNCTION expiring_credits_left(p_account_id uuid)
+RETURNS TABLE (
+    grant_id uuid, amount bigint, expired bigint, expires_at timestamptz, remaining bigint,
+    free bigint
+)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+    SELECT
+        o.grant_id, o.amount, o.expired, o.expires_at,
+        least(o.remaining, greatest(0, o.through - o.taken))::bigint,
+        least(o.remaining, greatest(0, o.through - o.taken - o.reserved))::bigint
+    FROM (
+        SELECT
+            x.grant_id, x.amount, x.expired, x.expires_at, x.remaining, b.reserved,
+            sum(x.remaining) OVER (ORDER BY x.expires_at, x.grant_id) AS through,
+            greatest(
+                0,
+                (
+                    SELECT coalesce(sum(f.amount), 0) FROM funding AS f
+                    WHERE f.account_id = p_account_id
+                ) - b.posted - a.spent,
+                sum(x.remaining) OVER () - greatest(b.posted, 0)
+            ) AS taken
+        FROM balances AS b
+        INNER JOIN credit_allocations AS a ON a.account_id = p_account_id
+        INNER JOIN expiring_credits AS x ON x.account_id = p_account_id AND x.closed_at IS NULL
+        WHERE b.account_id = p_account_id
+    ) AS o
+    ORDER BY o.expires_at, o.grant_id
+$$;
+
+-- Take what was spent since the last time from an account's expiring credits, under the lock of its
+-- balance. Before anything is added to them or expires, so that each takes its own share.
+CREATE FUNCTION allocate_credits(p_account_id uuid) RETURNS void LANGUAGE plpgsql
+SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_left record;
+    v_spent bigint;
+BEGIN
+    FOR v_left IN SELECT * FROM expiring_credits_left(p_account_id) LOOP
+        UPDATE expiring_credits AS x SET
+            remaining = v_left.remaining,
+            closed_at = CASE WHEN v_left.remaining = 0 THEN clock_timestamp() END
+        WHERE x.account_id = p_account_id AND x.grant_id = v_left.grant_id
+            AND x.remaining <> v_left.remaining;
+    END LOOP;
+    v_spent := (
+        SELECT coalesce(sum(f.amount), 0) FROM funding AS f WHERE f.account_id = p_account_id
+    ) - (SELECT b.posted FROM balances AS b WHERE b.account_id = p_account_id);
+    INSERT INTO credit_allocations VALUES (p_account_id, v_spent)
+    ON CONFLICT (account_id) DO UPDATE SET spent = excluded.spent;
+END $$;
+
+-- Post money that is no request's, under the lock of the balance and where nothing speaks against
+-- it; answers the balance after it.
+CREATE FUNCTION post_credits(
+    p_account_id uuid, p_entry_id uuid, p_kind text, p_amount bigint, p_source text,
+    p_external_id text, p_reason text, p_reference text, p_actor text
+) RETURNS balances LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_now constant timestamptz := clock_timestamp();
+    v_balance balances;
+BEGIN
+    UPDATE balances AS b SET
+        posted = b.posted + p_amount,
+        seq = b.seq + 1,
+        overdraft = greatest(0, -(b.posted + p_amount - b.reserved + b.credit_limit))
+    WHERE b.account_id = p_account_id RETURNING b.* INTO v_balance;
+    INSERT INTO funding VALUES (
+        p_account_id, p_source, p_external_id, p_entry_id, p_kind, p_amount, p_reason, p_actor,
+        v_now
+    );
+    INSERT INTO entries VALUES (
+        p_account_id, p_entry_id, 1, p_kind, v_balance.seq, p_amount, p_amount, 0,
+        v_balance.posted, v_balance.reserved, p_reason, p_reference, v_now
+    );
+    RETURN v_balance;
+END $$;
+
+-- Grant credits that expire; like `fund` otherwise. The same grant with another time is a conflict.
+-- What the service does by itself is not in the trail of what operators did.
+CREATE FUNCTION fund_expiring(
+    p_account_id uuid, p_entry_id uuid, p_amount bigint, p_source text, p_external_id text,
+    p_reason text, p_actor text, p_expires_at timestamptz
+) RETURNS TABLE (outcome text, entry_id uuid, posted bigint, reserved bigint, credit_limit bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_balance balances;
+    v_prior funding;
+    v_is_same boolean;
+    v_remaining bigint;
+    v_now timestamptz;
+BEGIN
+    SELECT * INTO v_balance FROM balances AS b
+    WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN QUERY SELECT 'unknown_account', NULL::uuid, NULL::bigint, NULL::bigint, NULL::bigint;
+        RETURN;
+    END IF;
+    SELECT * INTO v_prior FROM funding AS f
+    WHERE f.account_id = p_account_id AND f.source = p_source AND f.external_id = p_external_id;
+    IF FOUND THEN
+        v_is_same := v_prior.kind = 'grant' AND v_prior.amount = p_amount AND EXISTS (
+            SELECT 1 FROM expiring_credits AS x
+            WHERE x.account_id = p_account_id AND x.grant_id = v_prior.entry_id
+                AND x.expires_at = p_expires_at
+        );
+        RETURN QUERY SELECT
+            CASE WHEN v_is_same THEN 'exists' ELSE 'conflict' END,
+            v_prior.entry_id, v_balance.posted, v_balance.reserved, v_balance.credit_limit;
+        RETURN;
+    END IF;
+    PERFORM allocate_credits(p_account_id);
+    v_balance := post_credits(
+        p_account_id, p_entry_id, 'grant', p_amount, p_source, p_external_id, p_reason,
+        p_external_id, p_actor
+    );
+    v_now := clock_timestamp();
+    -- A debt is paid first, as by every deposit.
+    v_remaining := least(p_amount, greatest(0, v_balance.posted));
+    INSERT INTO expiring_credits VALUES (
+        p_account_id, p_entry_id, p_amount, v_remaining, 0, v_now, p_expires_at, p_expires_at,
+        CASE WHEN v_remaining = 0 THEN v_now END
+    );
+    IF p_actor <> 'tallygate' THEN
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_entry_id, v_now, p_actor, 'grant', jsonb_build_object(
+                'amount', p_amount, 'source', p_source, 'reference', p_external_id,
+                'reason', p_reason, 'expires_at', p_expires_at
+            )
+        );
+    END IF;
+    RETURN QUERY SELECT
+        'posted', p_entry_id, v_balance.posted, v_balance.reserved, v_balance.credit_limit;
+END $$;
+
+-- Take back what is left of an account's credits whose time is over, and is not held; what is held
+-- is looked at again when its requests have had time to end.
+CREATE FUNCTION expire_credits_of(p_account_id uuid) RETURNS void LANGUAGE plpgsql
+SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_now timestamptz;
+    v_left record;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    v_now := clock_timestamp();
+    PERFORM allocate_credits(p_account_id);
+    FOR v_left IN
+        SELECT * FROM expiring_credits_left(p_account_id) AS l WHERE l.expires_at <= v_now
+    LOOP
+        IF v_left.free > 0 THEN
+            PERFORM post_credits(
+                p_account_id, new_uuid7(), 'credit_expiry', -v_left.free, 'expiry',
+                -- The rest may follow: by what had expired before, each has a name of its own.
+                v_left.grant_id || ':' || v_left.expired, NULL, v_left.grant_id::text,
+                'tallygate'
+            );
+        END IF;
+        UPDATE expiring_credits AS x SET
+            remaining = v_left.remaining - v_left.free,
+            expired = v_left.expired + v_left.free,
+            closed_at = CASE WHEN v_left.remaining = v_left.free THEN v_now END,
+            due_at = v_now + interval '15 seconds'
+        WHERE x.account_id = p_account_id AND x.grant_id = v_left.grant_id;
+    END LOOP;
+END $$;
+
+-- Expire credits whose time is over; says how many grants were looked at. One sweeper works at a
+-- time; the others find the lock taken and leave.
+CREATE FUNCTION expire_credits(p_limit integer) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_due uuid[];
+    v_account uuid;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.expire_credits')) THEN
+        RETURN 0;
+    END IF;
+    v_due := ARRAY(
+        SELECT x.account_id FROM expiring_credits AS x
+        WHERE x.closed_at IS NULL AND x.due_at <= clock_timestamp()
+        ORDER BY x.due_at LIMIT p_limit
+    );
+    -- Sorted, as everybody does who locks more than one.
+    FOR v_account IN SELECT DISTINCT d.id FROM unnest(v_due) AS d (id) ORDER BY d.id LOOP
+        PERFORM expire_credits_of(v_account);
+    END LOOP;
+    RETURN cardinality(v_due);
+END $$;
+
+-- What an account is to get of a month: by its tier, or as its overrides say in credits.
+CREATE FUNCTION monthly_amount(
+    p_tier text, p_overrides jsonb, p_tiers jsonb, p_nanos_per_credit bigint
+) RETURNS bigint LANGUAGE sql IMMUTABLE
+RETURN coalesce(
+    ((p_overrides ->> 'monthly_credits')::numeric * p_nanos_per_credit)::bigint,
+    (p_tiers ->> p_tier)::bigint,
+    0
+);
+
+-- Give an account its credits of this month (of UTC), which expire with it; what a better tier has
+-- more, once for each tier. p_tiers has nano-USD by tier. Answers what it got just now.
+CREATE FUNCTION grant_month(p_account_id uuid, p_tiers jsonb) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp SET timezone = 'UTC'
+SET enable_seqscan = off AS $$
+DECLARE
+    v_nanos_per_credit constant bigint := (
+        SELECT m.value FROM meta AS m WHERE m.name = 'nanos_per_credit'
+    );
+    v_now timestamptz;
+    v_reference text;
+    v_account accounts;
+    v_granted bigint;
+    v_amount bigint;
+    v_outcome text;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_account FROM accounts AS a WHERE a.account_id = p_account_id;
+    IF v_account.status IS DISTINCT FROM 'active' THEN
+        RETURN 0;
+    END IF;
+    v_now := clock_timestamp();
+    v_reference := to_char(v_now, '"monthly:"YYYY-MM');
+    SELECT coalesce(sum(f.amount), 0) INTO v_granted FROM funding AS f
+    WHERE f.account_id = p_account_id AND f.source = 'tier'
+        AND starts_with(f.external_id, v_reference);
+    v_amount := monthly_amount(
+        v_account.tier, v_account.overrides, p_tiers, v_nanos_per_credit
+    ) - v_granted;
+    IF v_amount <= 0 THEN
+        RETURN 0;
+    END IF;
+    IF v_granted > 0 THEN
+        v_reference := v_reference || ':' || v_account.tier;
+    END IF;
+    SELECT f.outcome INTO v_outcome FROM fund_expiring(
+        p_account_id, new_uuid7(), v_amount, 'tier', v_reference, 'credits of the month',
+        'tallygate', date_trunc('month', v_now) + interval '1 month'
+    ) AS f;
+    RETURN CASE v_outcome WHEN 'posted' THEN v_amount ELSE 0 END;
+END $$;
+
+-- Give the next p_limit accounts their credits of this month. Says whether there are more to do at
+-- once; after the last account, p_interval_s pass until somebody looks again.
+CREATE FUNCTION grant_monthly_credits(p_tiers jsonb, p_limit integer, p_interval_s integer)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp SET timezone = 'UTC'
+SET enable_seqscan = off AS $$
+DECLARE
+    v_walk monthly_walk;
+    v_month constant text := to_char(clock_timestamp(), 'YYYY-MM');
+    v_nanos_per_credit constant bigint := (
+        SELECT m.value FROM meta AS m WHERE m.name = 'nanos_per_credit'
+    );
+    v_page uuid[];
+    v_account uuid;
+BEGIN
+    SELECT * INTO v_walk FROM monthly_walk AS w FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    IF v_walk.month <> v_month OR v_walk.tiers <> p_tiers THEN
+        v_walk.after := '00000000-0000-0000-0000-000000000000';
+    ELSIF v_walk.due_at > clock_timestamp() THEN
+        RETURN false;
+    END IF;
+    v_page := ARRAY(
+        SELECT a.account_id FROM accounts AS a WHERE a.account_id > v_walk.after
+        ORDER BY a.account_id LIMIT p_limit
+    );
+    FOR v_account IN
+        SELECT a.account_id FROM unnest(v_page) AS p (id)
+        INNER JOIN accounts AS a ON p.id = a.account_id
+        WHERE a.status = 'active'
+            AND monthly_amount(a.tier, a.overrides, p_tiers, v_nanos_per_credit) > (
+                SELECT coalesce(sum(f.amount), 0) FROM funding AS f
+                WHERE f.account_id = a.account_id AND f.source = 'tier'
+                    AND starts_with(f.external_id, 'monthly:' || v_month)
+            )
+        ORDER BY a.account_id
+    LOOP
+        PERFORM grant_month(v_account, p_tiers);
+    END LOOP;
+    UPDATE monthly_walk AS w SET
+        month = v_month,
+        tiers = p_tiers,
+        after = CASE
+            WHEN cardinality(v_page) = p_limit THEN v_page[p_limit]
+            ELSE '00000000-0000-0000-0000-000000000000'
+        END,
+        due_at = CASE
+            WHEN cardinality(v_page) = p_limit THEN clock_timestamp()
+            ELSE clock_timestamp() + make_interval(secs => p_interval_s)
+        END
+    WHERE w.is_only;
+    RETURN cardinality(v_page) = p_limit;
+END $$;
+
+-- Make an account with what its tier gives it: credits to start with, once ever, and those of this
+-- month. The same account id answers false.
+CREATE FUNCTION open_account(
+    p_account_id uuid, p_name text, p_tier text, p_credit_limit bigint, p_actor text,
+    p_starter bigint, p_tiers jsonb
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    IF NOT create_account(p_account_id, p_name, p_tier, p_credit_limit, p_actor) THEN
+        RETURN false;
+    END IF;
+    IF p_starter > 0 THEN
+        PERFORM fund(
+            p_account_id, new_uuid7(), 'grant', p_starter, 'tier', 'starter', 'starter credits',
+            p_actor
+        );
+    END IF;
+    PERFORM grant_month(p_account_id, p_tiers);
+    RETURN true;
+END $$;
+
+-- Change an account's tier. Takes effect on the next authorization of every replica. False if there
+-- is no such account.
+CREATE FUNCTION set_account_tier(
+    p_account_id uuid, p_tier text, p_event_id uuid, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_before text;
+BEGIN
+    SELECT a.tier INTO v_before FROM accounts AS a
+    WHERE a.account_id = p_account_id FOR NO KEY UPDATE;
+    IF v_before <> p_tier THEN
+        UPDATE accounts AS a SET tier = p_tier, version = a.version + 1
+        WHERE a.account_id = p_account_id;
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.tier',
+            jsonb_build_object('tier', p_tier, 'before', v_before)
+        );
+    END IF;
+    RETURN v_before IS NOT NULL;
+END $$;
+
+-- Say what of its tier does not hold for an account; it replaces what was said before. Takes effect
+-- on the next authorization of every replica. False if there is no such account.
+CREATE FUNCTION set_account_overrides(
+    p_account_id uuid, p_overrides jsonb, p_event_id uuid, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_before jsonb;
+BEGIN
+    SELECT a.overrides INTO v_before FROM accounts AS a
+    WHERE a.account_id = p_account_id FOR NO KEY UPDATE;
+    IF v_before <> p_overrides THEN
+        UPDATE accounts AS a SET overrides = p_overrides, version = a.version + 1
+        WHERE a.account_id = p_account_id;
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.overrides',
+            jsonb_build_object('overrides', p_overrides, 'before', v_before)
+        );
+    END IF;
+    RETURN v_before IS NOT NULL;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Usage by the hour
+-- ---------------------------------------------------------------------------------------------
+
+-- What summaries are made of. A request belongs to the hour in which it began, by its id.
+--
+-- In every snapshot, an hour from frozen_until up to rolled_until that has no mark in usage_dirty
+-- has here what its rows of usage add up to; a marked one is read from usage, and so is what comes
+-- after rolled_until. Hours before frozen_until are those of detached months: they stay as they are.
+--
+-- Whoever changes usage leaves a mark in the same transaction, unless the request began less than an
+-- hour ago: see settle_batch. An hour is rolled up when it ended two hours ago and every transaction
+-- is over that had begun by then: see roll_up_usage. So whatever changed it without a mark is seen.
+CREATE TABLE usage_rollups (
+    account_id uuid NOT NULL,
+    hour timestamptz NOT NULL,
+    -- Tells the rows of an hour apart.
+    number integer NOT NULL,
+    key_id uuid NOT NULL,
+    project_id uuid,
+    model text NOT NULL,
+    tier text NOT NULL,
+    endpoint text NOT NULL,
+    status text NOT NULL,
+    error_code text,
+    requests bigint NOT NULL CHECK (requests > 0),
+    -- NULL where no request of them told.
+    input_tokens numeric,
+    cached_input_tokens numeric,
+    cache_creation_tokens numeric,
+    cache_creation_1h_tokens numeric,
+    output_tokens numeric,
+    reasoning_tokens numeric,
+    audio_input_tokens numeric,
+    audio_output_tokens numeric,
+    image_input_tokens numeric,
+    image_output_tokens numeric,
+    images numeric,
+    input_characters numeric,
+    audio_ms numeric,
+    queries numeric,
+    quantity numeric,
+    price numeric,
+    -- What providers take from us: a BYOK request is the customer's own bill.
+    cost_picos numeric,
+    PRIMARY KEY (account_id, hour, number)
+);
+
+-- The same by the day of UTC over all accounts; always what usage_rollups add up to.
+CREATE TABLE usage_days (
+    day date NOT NULL,
+    tier text NOT NULL,
+    model text NOT NULL,
+    endpoint text NOT NULL,
+    status text NOT NULL,
+    -- Empty where there was no error.
+    error_code text NOT NULL,
+    requests numeric NOT NULL,
+    input_tokens numeric NOT NULL,
+    output_tokens numeric NOT NULL,
+    price numeric NOT NULL,
+    cost_picos numeric NOT NULL,
+    PRIMARY KEY (day, tier, model, endpoint, status, error_code)
+);
+
+-- Days on which an account has a row in usage_rollups.
+CREATE TABLE usage_active_days (
+    account_id uuid NOT NULL,
+    day date NOT NULL,
+    PRIMARY KEY (account_id, day)
+);
+CREATE INDEX usage_active_days_by_day ON usage_active_days (day, account_id);
+
+-- Hours whose usage was changed after they may have been rolled up. A mark is never written twice,
+-- so that nobody waits for whoever takes it away.
+CREATE TABLE usage_dirty (
+    account_id uuid NOT NULL,
+    hour timestamptz NOT NULL,
+    mark_id uuid NOT NULL,
+    PRIMARY KEY (account_id, hour, mark_id)
+);
+
+-- One row. What is to be rolled up next ends at fenced_until, when all transactions up to `fence`
+-- are over.
+CREATE TABLE usage_rollup_state (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    frozen_until timestamptz NOT NULL,
+    rolled_until timestamptz NOT NULL,
+    fenced_until timestamptz,
+    fence xid8,
+    CONSTRAINT usage_rollup_state_runs_forward CHECK (frozen_until <= rolled_until)
+);
+INSERT INTO usage_rollup_state (frozen_until, rolled_until)
+VALUES ('epoch', date_trunc('hour', now(), 'UTC') - interval '2 hours');
+
+-- The hour of UTC in which a request began.
+CREATE FUNCTION usage_hour(p_request_id uuid) RETURNS timestamptz LANGUAGE sql IMMUTABLE STRICT
+RETURN to_timestamp(
+    ('x' || substr(replace(p_request_id::text, '-', ''), 1, 12))::bit(48)::bigint / 3600000 * 3600
+);
+
+-- What the usage of these accounts in these hours adds up to.
+CREATE FUNCTION sum_usage(p_account_ids uuid[], p_hours timestamptz[]) RETURNS SETOF usage_rollups
+LANGUAGE sql STABLE SET search_path = tallygate, pg_temp AS $$
+    SELECT
+        r.account_id, r.hour,
+        (row_number() OVER (PARTITION BY r.account_id, r.hour))::integer, s.*
+    FROM unnest(p_account_ids, p_hours) AS r (account_id, hour)
+    CROSS JOIN LATERAL (
+        SELECT
+            u.key_id, u.project_id, u.model, u.tier, u.endpoint, u.status, u.error_code, count(*),
+            sum(u.input_tokens), sum(u.cached_input_tokens), sum(u.cache_creation_tokens),
+            sum(u.cache_creation_1h_tokens), sum(u.output_tokens), sum(u.reasoning_tokens),
+            sum(u.audio_input_tokens), sum(u.audio_output_tokens), sum(u.image_input_tokens),
+            sum(u.image_output_tokens), sum(u.images), sum(u.input_characters), sum(u.audio_ms),
+            sum(u.queries), sum(u.quantity), sum(u.price),
+            sum(u.cost_picos) FILTER (WHERE NOT u.byok)
+        FROM usage AS u
+        WHERE u.account_id = r.account_id
+            AND u.request_id >= uuid_floor(r.hour)
+            AND u.request_id < uuid_floor(r.hour + interval '1 hour')
+        GROUP BY u.key_id, u.project_id, u.model, u.tier, u.endpoint, u.status, u.error_code
+    ) AS s;
+$$;
+
+-- Roll these hours of these accounts up, again or for the first time. Nobody else may be at it.
+CREATE FUNCTION put_rollups(p_account_ids uuid[], p_hours timestamptz[]) RETURNS void
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+SET plan_cache_mode = force_custom_plan
+AS $$
+BEGIN
+    WITH gone AS (
+        DELETE FROM usage_rollups AS u
+        USING unnest(p_account_ids, p_hours) AS r (account_id, hour)
+        WHERE u.account_id = r.account_id AND u.hour = r.hour
+        RETURNING u.*
+    )
+    UPDATE usage_days AS d SET
+        requests = d.requests - t.requests, input_tokens = d.input_tokens - t.input_tokens,
+        output_tokens = d.output_tokens - t.output_tokens, price = d.price - t.price,
+        cost_picos = d.cost_picos - t.cost_picos
+    FROM (
+        SELECT
+            (g.hour AT TIME ZONE 'UTC')::date AS day, g.tier, g.model, g.endpoint, g.status,
+            coalesce(g.error_code, '') AS error_code, sum(g.requests) AS requests,
+            coalesce(sum(g.input_tokens), 0) AS input_tokens,
+            coalesce(sum(g.output_tokens), 0) AS output_tokens,
+            coalesce(sum(g.price), 0) AS price, coalesce(sum(g.cost_picos), 0) AS cost_picos
+        FROM gone AS g GROUP BY 1, 2, 3, 4, 5, 6
+    ) AS t
+    WHERE d.day = t.day AND d.tier = t.tier AND d.model = t.model AND d.endpoint = t.endpoint
+        AND d.status = t.status AND d.error_code = t.error_code;
+
+    WITH made AS (
+        INSERT INTO usage_rollups SELECT s.* FROM sum_usage(p_account_ids, p_hours) AS s
+        RETURNING *
+    ),
+    active AS (
+        INSERT INTO usage_active_days
+        SELECT DISTINCT m.account_id, (m.hour AT TIME ZONE 'UTC')::date FROM made AS m
+        ON CONFLICT DO NOTHING
+    )
+    INSERT INTO usage_days AS d
+    SELECT
+        (m.hour AT TIME ZONE 'UTC')::date, m.tier, m.model, m.endpoint, m.status,
+        coalesce(m.error_code, ''), sum(m.requests), coalesce(sum(m.input_tokens), 0),
+        coalesce(sum(m.output_tokens), 0), coalesce(sum(m.price), 0),
+        coalesce(sum(m.cost_picos), 0)
+    FROM made AS m GROUP BY 1, 2, 3, 4, 5, 6
+    ON CONFLICT (day, tier, model, endpoint, status, error_code) DO UPDATE SET
+        requests = d.requests + excluded.requests,
+        input_tokens = d.input_tokens + excluded.input_tokens,
+        output_tokens = d.output_tokens + excluded.output_tokens,
+        price = d.price + excluded.price,
+        cost_picos = d.cost_picos + excluded.cost_picos;
+
+    DELETE FROM usage_days AS d
+    WHERE d.requests = 0 AND d.day IN (
+        SELECT (r.hour AT TIME ZONE 'UTC')::date FROM unnest(p_hours) AS r (hour)
+    );
+END $$;
+
+-- Roll up the next hour of all accounts, if it is due. Answers
+--
+--   rolled    done: call it again
+--   fenced    there are hours to roll up, as soon as what runs now is over: call it later
+--   waiting   some transaction that began before the fence still runs
+--   done      nothing is due
+--   busy      somebody else is at it
+--
+-- No clock says here that a transaction is over. A settlement that leaves no mark takes its time
+-- after it has locked a balance, and so after it got its number; it began within an hour of its
+-- request. Every number that was given out when the fence was set is at most the fence: when the
+-- oldest transaction that runs is above it, all of them are seen, or will never be. The second hour
+-- is for a standby that is promoted with a slower clock.
+CREATE FUNCTION roll_up_usage() RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET jit = off
+AS $$
+DECLARE
+    v_due constant timestamptz := date_trunc('hour', clock_timestamp(), 'UTC') - interval '2 hours';
+    v_state usage_rollup_state;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.usage_rollups')) THEN
+        RETURN 'busy';
+    END IF;
+    SELECT * INTO v_state FROM usage_rollup_state AS s;
+    IF coalesce(v_state.fenced_until <= v_state.rolled_until, true)
+        -- The numbers begin anew where the database was restored from a dump.
+        OR v_state.fence > pg_snapshot_xmax(pg_current_snapshot())
+    THEN
+        IF v_due <= v_state.rolled_until THEN
+            RETURN 'done';
+        END IF;
+        UPDATE usage_rollup_state AS s SET fenced_until = v_due, fence = pg_current_xact_id();
+        RETURN 'fenced';
+    END IF;
+    IF pg_snapshot_xmin(pg_current_snapshot()) <= v_state.fence THEN
+        RETURN 'waiting';
+    END IF;
+    PERFORM put_rollups(array_agg(b.account_id), array_agg(v_state.rolled_until)) FROM balances AS b;
+    UPDATE usage_rollup_state AS s SET rolled_until = v_state.rolled_until + interval '1 hour';
+    RETURN 'rolled';
+END $$;
+
+-- Roll up again what is marked, p_limit marks at most; answers how many it took away, NULL where
+-- somebody else is at it.
+--
+-- A mark is taken away before its hour is read: whoever marks it later is not seen, and the mark
+-- stays. Marks of hours that are not rolled up yet, or never again, need nothing.
+CREATE FUNCTION refresh_rollups(p_limit integer) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET jit = off
+AS $$
+DECLARE
+    v_state usage_rollup_state;
+    v_account_ids uuid[];
+    v_hours timestamptz[];
+    v_taken integer;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.usage_rollups')) THEN
+        RETURN NULL;
+    END IF;
+    SELECT * INTO v_state FROM usage_rollup_state AS s;
+    WITH taken AS (
+        DELETE FROM usage_dirty AS m
+        USING (
+            SELECT o.account_id, o.hour, o.mark_id FROM usage_dirty AS o
+            ORDER BY o.account_id, o.hour, o.mark_id LIMIT p_limit
+        ) AS n
+        WHERE m.account_id = n.account_id AND m.hour = n.hour AND m.mark_id = n.mark_id
+        RETURNING m.account_id, m.hour
+    ),
+    hours AS (
+        SELECT t.account_id, t.hour, count(*) AS marks FROM taken AS t
+        GROUP BY t.account_id, t.hour
+    )
+    SELECT
+        sum(h.marks),
+        array_agg(h.account_id) FILTER (WHERE h.hour >= v_state.frozen_until
+            AND h.hour < v_state.rolled_until),
+        array_agg(h.hour) FILTER (WHERE h.hour >= v_state.frozen_until
+            AND h.hour < v_state.rolled_until)
+    INTO v_taken, v_account_ids, v_hours
+    FROM hours AS h;
+    IF v_account_ids IS NOT NULL THEN
+        PERFORM put_rollups(v_account_ids, v_hours);
+    END IF;
+    RETURN coalesce(v_taken, 0);
+END $$;
+
+-- The number of an account's last entry that was posted before a time, as far as entries are kept;
+-- NULL where none was. It looks for it as in a phone book: of two entries the one with the higher
+-- number was posted later.
+CREATE FUNCTION entry_before(p_account_id uuid, p_at timestamptz) RETURNS bigint
+LANGUAGE plpgsql STABLE STRICT SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET jit = off
+AS $$
+DECLARE
+    v_low bigint;
+    v_high bigint;
+    v_middle bigint;
+    v_first bigint;
+    v_entry record;
+BEGIN
+    SELECT e.seq INTO v_first FROM entries AS e
+    WHERE e.account_id = p_account_id ORDER BY e.seq LIMIT 1;
+    SELECT e.seq INTO v_high FROM entries AS e
+    WHERE e.account_id = p_account_id ORDER BY e.seq DESC LIMIT 1;
+    -- Everything up to v_low was posted before, everything above v_high was not.
+    v_low := v_first - 1;
+    WHILE v_low < v_high LOOP
+        v_middle := v_low + (v_high - v_low + 1) / 2;
+        -- The next one that is kept: those between are detached.
+        SELECT e.seq, e.at INTO v_entry FROM entries AS e
+        WHERE e.account_id = p_account_id AND e.seq >= v_middle ORDER BY e.seq LIMIT 1;
+        IF v_entry.at < p_at THEN
+            v_low := v_entry.seq;
+        ELSE
+            v_high := v_middle - 1;
+        END IF;
+    END LOOP;
+    RETURN CASE WHEN v_low >= v_first THEN v_low END;
+END $$;
+
+-- Say below what balance an account's is low; NULL for nothing. False if there is no such account.
+CREATE FUNCTION set_low_balance(
+    p_account_id uuid, p_threshold bigint, p_event_id uuid, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    UPDATE accounts AS a SET low_balance_threshold = p_threshold
+    WHERE a.account_id = p_account_id AND a.low_balance_threshold IS DISTINCT FROM p_threshold;
+    IF NOT FOUND THEN
+        RETURN EXISTS (SELECT 1 FROM accounts AS a WHERE a.account_id = p_account_id);
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.low_balance',
+        jsonb_build_object('threshold', p_threshold)
+    );
+    RETURN true;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Metered actions: charges that are no request to a model, once or again and again
+-- ---------------------------------------------------------------------------------------------
+
+-- What was asked of a charge. Its money is in the ledger, under the same id, as that of any request:
+-- a charge without a hold there never came to be.
+CREATE TABLE charges (
+    account_id uuid NOT NULL,
+    request_id uuid NOT NULL,
+    -- SHA-256 of its Idempotency-Key and of what was asked with it.
+    key_hash bytea CHECK (length(key_hash) = 32),
+    body_hash bytea NOT NULL CHECK (length(body_hash) = 32),
+    action text NOT NULL,
+    quantity bigint NOT NULL CHECK (quantity > 0),
+    -- What all of it is sold for, by this version of the price book: the amount of its hold.
+    price bigint NOT NULL CHECK (price >= 0),
+    rounding_attos bigint NOT NULL,
+    price_version integer NOT NULL,
+    -- Whether it is held until somebody captures it; else it is captured at once.
+    is_hold boolean NOT NULL,
+    ttl_s integer NOT NULL CHECK (ttl_s > 0),
+    -- Who made it and alone may end it; NULL for the account's own key.
+    operator text,
+    recurring_id uuid,
+    description text,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    PRIMARY KEY (account_id, request_id)
+);
+CREATE UNIQUE INDEX charges_by_key ON charges (account_id, key_hash);
+
+-- What is charged again each period. Periods are counted from starts_at, the first is 0.
+CREATE TABLE recurring_charges (
+    account_id uuid NOT NULL,
+    recurring_id uuid NOT NULL,
+    key_hash bytea CHECK (length(key_hash) = 32),
+    body_hash bytea NOT NULL CHECK (length(body_hash) = 32),
+    action text NOT NULL,
+    quantity bigint NOT NULL CHECK (quantity > 0),
+    every text NOT NULL CHECK (every IN ('hour', 'day', 'week', 'month')),
+    starts_at timestamptz NOT NULL,
+    ends_at timestamptz,
+    operator text,
+    description text,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    status text NOT NULL DEFAULT 'active' CHECK (
+        status IN ('active', 'past_due', 'paused', 'cancelled', 'ended')
+    ),
+    -- The period that is charged next, and how many charges of it ended without one: each has an id
+    -- of its own, which follows from the two.
+    period integer NOT NULL DEFAULT 0 CHECK (period >= 0),
+    generation integer NOT NULL DEFAULT 0 CHECK (generation >= 0),
+    -- How often that period was refused, and why.
+    attempts integer NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+    problem text,
+    -- When somebody looks next.
+    due_at timestamptz NOT NULL,
+    -- Periods that were never charged: it was paused, or the service was away for too long.
+    skipped integer NOT NULL DEFAULT 0 CHECK (skipped >= 0),
+    last_charge_id uuid,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (account_id, recurring_id)
+);
+CREATE UNIQUE INDEX recurring_charges_by_key ON recurring_charges (account_id, key_hash);
+CREATE INDEX recurring_charges_by_due ON recurring_charges (due_at)
+WHERE status IN ('active', 'past_due');
+
+-- Note what is asked of a charge, before its hold: whoever comes with the same key goes on with the
+-- same id, so that it is charged once however often and wherever it is broken off. p_charge has the
+-- columns of `charges`. Answers the id and terms to go on with:
+--
+--   new        nobody asked for it before; or it was to be captured at once and ended uncharged
+--   exists     it was asked for before, at these terms
+--   conflict   something else was, with the same key
+CREATE FUNCTION begin_charge(p_charge jsonb, p_event_id uuid)
+RETURNS TABLE (
+    outcome text, request_id uuid, price bigint, rounding_attos bigint, price_version integer
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_charge charges := jsonb_populate_record(NULL::charges, p_charge);
+    v_prior charges;
+BEGIN
+    outcome := 'new';
+    LOOP
+        INSERT INTO charges SELECT v_charge.* ON CONFLICT DO NOTHING;
+        EXIT WHEN FOUND;
+        IF v_charge.key_hash IS NULL THEN
+            SELECT * INTO v_prior FROM charges AS c
+            WHERE c.account_id = v_charge.account_id AND c.request_id = v_charge.request_id
+            FOR NO KEY UPDATE;
+        ELSE
+            SELECT * INTO v_prior FROM charges AS c
+            WHERE c.account_id = v_charge.account_id AND c.key_hash = v_charge.key_hash
+            FOR NO KEY UPDATE;
+        END IF;
+        CONTINUE WHEN NOT FOUND;  -- it was forgotten in this moment
+        outcome := CASE
+            WHEN v_prior.body_hash = v_charge.body_hash THEN 'exists' ELSE 'conflict'
+        END;
+        EXIT WHEN outcome = 'conflict' OR v_prior.is_hold OR v_charge.key_hash IS NULL
+            OR v_prior.request_id = v_charge.request_id;
+        PERFORM 1 FROM usage AS u
+        WHERE u.account_id = v_prior.account_id AND u.request_id = v_prior.request_id
+            AND u.status = 'void';
+        EXIT WHEN NOT FOUND;
+        -- It broke off and its hold is over, so its id is used up. The key begins anew.
+        UPDATE charges AS c SET key_hash = NULL
+        WHERE c.account_id = v_prior.account_id AND c.request_id = v_prior.request_id;
+        outcome := 'new';
+    END LOOP;
+    IF outcome = 'new' THEN
+        IF v_charge.operator IS NOT NULL AND v_charge.recurring_id IS NULL THEN
+            INSERT INTO audit_trail VALUES (
+                v_charge.account_id, p_event_id, clock_timestamp(), v_charge.operator,
+                'charge.create', jsonb_build_object(
+                    'request_id', v_charge.request_id, 'action', v_charge.action,
+                    'quantity', v_charge.quantity, 'price', v_charge.price,
+                    'hold', v_charge.is_hold
+                )
+            );
+        END IF;
+        v_prior := v_charge;
+    END IF;
+    request_id := v_prior.request_id;
+    price := v_prior.price;
+    rounding_attos := v_prior.rounding_attos;
+    price_version := v_prior.price_version;
+    RETURN NEXT;
+END $$;
+
+-- The ledger refused a charge: forget what was asked, unless it has its hold after all.
+CREATE FUNCTION forget_charge(
+    p_account_id uuid, p_request_id uuid, p_refusal text, p_event_id uuid
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_charge charges;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    PERFORM 1 FROM entries AS e
+    WHERE e.account_id = p_account_id AND e.request_id = p_request_id AND e.phase = 0;
+    IF NOT FOUND THEN
+        DELETE FROM charges AS c
+        WHERE c.account_id = p_account_id AND c.request_id = p_request_id
+        RETURNING c.* INTO v_charge;
+        IF v_charge.operator IS NOT NULL AND v_charge.recurring_id IS NULL THEN
+            INSERT INTO audit_trail VALUES (
+                p_account_id, p_event_id, clock_timestamp(), v_charge.operator, 'charge.refused',
+                jsonb_build_object('request_id', p_request_id, 'refusal', p_refusal)
+            );
+        END IF;
+    END IF;
+END $$;
+
+-- End a charge's hold by settle_batch, for an operator with a line in the trail (p_actor, else
+-- NULL). p_settlement is one of its items. Its outcomes, and
+--
+--   too_late   its time to be captured is over, though the sweeper has not come yet
+--   forgotten  what was asked is not known any more: it is void
+CREATE FUNCTION end_charge(p_settlement json, p_event_id uuid, p_actor text)
+RETURNS TABLE (outcome text, overdraft bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_item settlement := json_populate_record(NULL::settlement, p_settlement);
+    v_charge charges;
+BEGIN
+    overdraft := 0;
+    PERFORM 1 FROM balances AS b WHERE b.account_id = v_item.account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_charge FROM charges AS c
+    WHERE c.account_id = v_item.account_id AND c.request_id = v_item.request_id;
+    IF NOT FOUND THEN
+        PERFORM 1 FROM settle_batch(json_build_array(json_build_object(
+            'account_id', v_item.account_id, 'request_id', v_item.request_id, 'action', 'void',
+            'status', 'void'
+        )));
+        outcome := 'forgotten';
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    IF v_item.action = 'capture' AND v_charge.is_hold THEN
+        PERFORM 1 FROM open_holds AS h
+        WHERE h.account_id = v_item.account_id AND h.request_id = v_item.request_id
+            AND h.expires_at <= clock_timestamp();
+        IF FOUND THEN
+            outcome := 'too_late';
+            RETURN NEXT;
+            RETURN;
+        END IF;
+    END IF;
+    SELECT s.outcome, s.overdraft INTO end_charge.outcome, end_charge.overdraft
+    FROM settle_batch(json_build_array(p_settlement)) AS s;
+    IF p_actor IS NOT NULL AND outcome IN ('captured', 'voided') THEN
+        INSERT INTO audit_trail VALUES (
+            v_item.account_id, p_event_id, clock_timestamp(), p_actor,
+            'charge.' || v_item.action, jsonb_build_object(
+                'request_id', v_item.request_id, 'action', v_charge.action,
+                'quantity', v_item.quantity, 'price', v_item.price
+            )
+        );
+    END IF;
+    RETURN NEXT;
+END $$;
+
+-- When a period begins: counted from the first, so that the 31st comes back after a short month.
+CREATE FUNCTION recurring_period(p_starts_at timestamptz, p_every text, p_number integer)
+RETURNS timestamptz LANGUAGE sql IMMUTABLE STRICT
+RETURN (
+    p_starts_at AT TIME ZONE 'UTC' + CASE p_every
+        WHEN 'hour' THEN make_interval(hours => p_number)
+        WHEN 'day' THEN make_interval(days => p_number)
+        WHEN 'week' THEN make_interval(weeks => p_number)
+        ELSE make_interval(months => p_number)
+    END
+) AT TIME ZONE 'UTC';
+
+-- The number of the period that holds a time; negative before the first.
+CREATE FUNCTION recurring_number(p_starts_at timestamptz, p_every text, p_at timestamptz)
+RETURNS integer LANGUAGE sql IMMUTABLE STRICT
+RETURN (
+    SELECT CASE
+        WHEN p_every = 'month'
+        THEN m.number - (recurring_period(p_starts_at, 'month', m.number) > p_at)::integer
+        ELSE floor(
+            extract(EPOCH FROM p_at - p_starts_at)
+            / CASE p_every WHEN 'hour' THEN 3600 WHEN 'day' THEN 86400 ELSE 604800 END
+        )::integer
+    END
+    FROM (
+        SELECT (
+            12 * (
+                extract(YEAR FROM p_at AT TIME ZONE 'UTC')
+                - extract(YEAR FROM p_starts_at AT TIME ZONE 'UTC')
+            ) + extract(MONTH FROM p_at AT TIME ZONE 'UTC')
+            - extract(MONTH FROM p_starts_at AT TIME ZONE 'UTC')
+        )::integer AS number
+    ) AS m
+);
+
+-- Make a recurring charge. p_recurring has the columns of `recurring_charges`. Answers new, exists or
+-- conflict as begin_charge does.
+CREATE FUNCTION create_recurring_charge(p_recurring jsonb, p_event_id uuid, p_actor text)
+RETURNS TABLE (outcome text, recurring_id uuid)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_new recurring_charges := jsonb_populate_record(NULL::recurring_charges, p_recurring);
+    v_prior recurring_charges;
+BEGIN
+    INSERT INTO recurring_charges AS r (
+        account_id, recurring_id, key_hash, body_hash, action, quantity, every, starts_at, ends_at,
+        operator, description, metadata, due_at
+    ) VALUES (
+        v_new.account_id, v_new.recurring_id, v_new.key_hash, v_new.body_hash, v_new.action,
+        v_new.quantity, v_new.every, coalesce(v_new.starts_at, clock_timestamp()), v_new.ends_at,
+        v_new.operator, v_new.description, v_new.metadata,
+        coalesce(v_new.starts_at, clock_timestamp())
+    ) ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        INSERT INTO audit_trail VALUES (
+            v_new.account_id, p_event_id, clock_timestamp(), p_actor, 'recurring_charge.create',
+            jsonb_build_object(
+                'recurring_id', v_new.recurring_id, 'action', v_new.action,
+                'quantity', v_new.quantity, 'every', v_new.every
+            )
+        );
+        RETURN QUERY SELECT 'new', v_new.recurring_id;
+        RETURN;
+    END IF;
+    SELECT * INTO v_prior FROM recurring_charges AS r
+    WHERE r.account_id = v_new.account_id
+        AND (r.key_hash = v_new.key_hash OR r.recurring_id = v_new.recurring_id);
+    RETURN QUERY SELECT
+        CASE WHEN v_prior.body_hash = v_new.body_hash THEN 'exists' ELSE 'conflict' END,
+        v_prior.recurring_id;
+END $$;
+
+-- Pause, resume or cancel a recurring charge; p_is_operator may do so with any, the account's own
+-- keys with their own. What was missed while it was paused is skipped, the running period is not.
+--
+--   done           done now
+--   exists         it is as wanted already
+--   over           it is cancelled or has ended, for good
+--   not_allowed    an operator made it
+--   unknown        there is no such
+CREATE FUNCTION change_recurring_charge(
+    p_account_id uuid, p_recurring_id uuid, p_change text, p_is_operator boolean,
+    p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_now timestamptz;
+    v_charge recurring_charges;
+    v_status constant text := CASE p_change
+        WHEN 'pause' THEN 'paused' WHEN 'resume' THEN 'active' ELSE 'cancelled'
+    END;
+    v_period integer;
+BEGIN
+    SELECT * INTO v_charge FROM recurring_charges AS r
+    WHERE r.account_id = p_account_id AND r.recurring_id = p_recurring_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_charge.operator IS NOT NULL AND NOT p_is_operator THEN
+        RETURN 'not_allowed';
+    ELSIF v_charge.status = v_status THEN
+        RETURN 'exists';
+    ELSIF v_charge.status IN ('cancelled', 'ended') THEN
+        RETURN 'over';
+    END IF;
+    v_now := clock_timestamp();
+    v_period := v_charge.period;
+    IF p_change = 'resume' AND v_charge.status = 'paused' THEN
+        v_period := greatest(
+            v_period, recurring_number(v_charge.starts_at, v_charge.every, v_now)
+        );
+    END IF;
+    UPDATE recurring_charges AS r SET
+        status = v_status, attempts = 0, period = v_period,
+        generation = CASE WHEN v_period = r.period THEN r.generation ELSE 0 END,
+        skipped = r.skipped + v_period - r.period,
+        problem = CASE p_change WHEN 'resume' THEN NULL ELSE r.problem END,
+        due_at = recurring_period(r.starts_at, r.every, v_period)
+    WHERE r.account_id = p_account_id AND r.recurring_id = p_recurring_id;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, v_now, p_actor, 'recurring_charge.' || p_change,
+        jsonb_build_object('recurring_id', p_recurring_id, 'status', v_charge.status)
+    );
+    RETURN 'done';
+END $$;
+
+-- Take recurring charges that are due, for p_lease_s: whoever dies with them leaves them to the next.
+-- What began more than p_catch_up_s ago is skipped, but the running period is not.
+CREATE FUNCTION claim_recurring_charges(p_limit integer, p_lease_s integer, p_catch_up_s integer)
+RETURNS TABLE (
+    account_id uuid, recurring_id uuid, period integer, generation integer,
+    period_at timestamptz, action text, quantity bigint, operator text, description text,
+    metadata jsonb
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now timestamptz;
+    v_due record;
+    v_period integer;
+    v_is_over boolean;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('tallygate.recurring_charges')) THEN
+        RETURN;
+    END IF;
+    v_now := clock_timestamp();
+    FOR v_due IN
+        SELECT r.* FROM recurring_charges AS r
+        WHERE r.status IN ('active', 'past_due') AND r.due_at <= v_now
+        ORDER BY r.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        v_period := greatest(v_due.period, least(
+            recurring_number(v_due.starts_at, v_due.every, v_now),
+            recurring_number(
+                v_due.starts_at, v_due.every, v_now - make_interval(secs => p_catch_up_s)
+            ) + 1
+        ));
+        v_is_over := coalesce(
+            recurring_period(v_due.starts_at, v_due.every, v_period) >= v_due.ends_at, false
+        );
+        UPDATE recurring_charges AS r SET
+            status = CASE WHEN v_is_over THEN 'ended' ELSE r.status END,
+            period = v_period,
+            generation = CASE WHEN v_period = r.period THEN r.generation ELSE 0 END,
+            skipped = r.skipped + v_period - r.period,
+            due_at = v_now + make_interval(secs => p_lease_s)
+        WHERE r.account_id = v_due.account_id AND r.recurring_id = v_due.recurring_id
+        RETURNING r.generation INTO v_due.generation;
+        IF NOT v_is_over THEN
+            RETURN QUERY SELECT
+                v_due.account_id, v_due.recurring_id, v_period, v_due.generation,
+                recurring_period(v_due.starts_at, v_due.every, v_period), v_due.action,
+                v_due.quantity, v_due.operator, v_due.description, v_due.metadata;
+        END IF;
+    END LOOP;
+END $$;
+
+-- Say what came of a period; false where that was known already.
+--
+--   charged   by p_charge_id: on to the next
+--   again     the charge under its id ended uncharged: once more under the next id
+--   later     nothing is known of it, or it came too soon: try in p_retry_s
+--   refused   for p_problem: try in p_retry_s, and pause after p_attempts
+CREATE FUNCTION finish_recurring_charge(
+    p_account_id uuid, p_recurring_id uuid, p_period integer, p_outcome text, p_charge_id uuid,
+    p_problem text, p_retry_s integer, p_attempts integer
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_now constant timestamptz := clock_timestamp();
+BEGIN
+    UPDATE recurring_charges AS r SET
+        period = r.period + (p_outcome = 'charged')::integer,
+        generation = CASE p_outcome
+            WHEN 'charged' THEN 0 WHEN 'again' THEN r.generation + 1 ELSE r.generation
+        END,
+        attempts = CASE p_outcome
+            WHEN 'charged' THEN 0 WHEN 'refused' THEN r.attempts + 1 ELSE r.attempts
+        END,
+        problem = CASE p_outcome
+            WHEN 'charged' THEN NULL WHEN 'refused' THEN p_problem ELSE r.problem
+        END,
+        last_charge_id = coalesce(p_charge_id, r.last_charge_id),
+        due_at = CASE p_outcome
+            WHEN 'charged' THEN recurring_period(r.starts_at, r.every, r.period + 1)
+            WHEN 'again' THEN v_now
+            ELSE v_now + make_interval(secs => p_retry_s)
+        END,
+        -- It may have been paused or cancelled while it was charged.
+        status = CASE
+            WHEN r.status NOT IN ('active', 'past_due') THEN r.status
+            WHEN p_outcome = 'charged' THEN CASE
+                WHEN recurring_period(r.starts_at, r.every, r.period + 1) >= r.ends_at THEN 'ended'
+                ELSE 'active'
+            END
+            WHEN p_outcome = 'refused' THEN CASE
+                WHEN r.attempts + 1 >= p_attempts THEN 'paused' ELSE 'past_due'
+            END
+            ELSE r.status
+        END
+    WHERE r.account_id = p_account_id AND r.recurring_id = p_recurring_id
+        AND r.period = p_period;
+    RETURN FOUND;
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- What operators correct: refunds, reversals, credit limits
+-- ---------------------------------------------------------------------------------------------
+
+-- What was refunded of a request so far, in nano-USD.
+CREATE FUNCTION refunded(p_account_id uuid, p_request_id uuid) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = tallygate, pg_temp AS $$
+    SELECT coalesce(sum(f.amount), 0)::bigint FROM funding AS f
+    WHERE f.account_id = p_account_id AND f.subject_id = p_request_id AND f.kind = 'refund'
+        AND NOT EXISTS (
+            SELECT 1 FROM funding AS r
+            WHERE r.account_id = p_account_id AND r.subject_id = f.entry_id
+                AND r.kind = 'reversal'
+        )
+$$;
+
+-- Give back what a request or a charge was sold for, or a part of it: never more than its price in
+-- all. p_amount NULL is what is left of that; p_request_id NULL a refund of nothing in particular.
+-- Idempotent by p_reference. `refunded` is what was refunded of the request after it.
+--
+--   posted, exists, conflict, unknown_account   as fund has them
+--   unknown      no such request has ended
+--   not_charged  it has no price
+--   exceeds      less is left of its price than p_amount, or nothing
+CREATE FUNCTION refund(
+    p_account_id uuid, p_entry_id uuid, p_request_id uuid, p_amount bigint, p_reference text,
+    p_reason text, p_actor text
+) RETURNS TABLE (
+    outcome text, entry_id uuid, amount bigint, refunded bigint, posted bigint, reserved bigint,
+    credit_limit bigint
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_balance balances;
+    v_prior funding;
+    v_usage usage;
+    v_refunded bigint := 0;
+    v_amount bigint := p_amount;
+BEGIN
+    SELECT * INTO v_balance FROM balances AS b
+    WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_prior FROM funding AS f
+    WHERE f.account_id = p_account_id AND f.source = 'refund' AND f.external_id = p_reference;
+    SELECT * INTO v_usage FROM usage AS u
+    WHERE u.account_id = p_account_id AND u.request_id = p_request_id;
+    IF p_request_id IS NOT NULL THEN
+        v_refunded := refunded(p_account_id, p_request_id);
+        v_amount := coalesce(p_amount, v_usage.price - v_refunded);
+    END IF;
+    outcome := CASE
+        WHEN v_balance.account_id IS NULL THEN 'unknown_account'
+        WHEN v_prior.entry_id IS NOT NULL THEN CASE
+            WHEN v_prior.subject_id IS NOT DISTINCT FROM p_request_id
+                AND v_prior.amount = coalesce(p_amount, v_prior.amount)
+            THEN 'exists'
+            ELSE 'conflict'
+        END
+        WHEN p_request_id IS NULL THEN 'posted'
+        WHEN v_usage.request_id IS NULL THEN 'unknown'
+        WHEN v_usage.price IS NULL THEN 'not_charged'
+        WHEN v_amount <= 0 OR v_amount > v_usage.price - v_refunded THEN 'exceeds'
+        ELSE 'posted'
+    END;
+    entry_id := v_prior.entry_id;
+    amount := v_prior.amount;
+    IF outcome = 'posted' THEN
+        v_balance := post_credits(
+            p_account_id, p_entry_id, 'refund', v_amount, 'refund', p_reference, p_reason,
+            p_reference, p_actor
+        );
+        UPDATE funding AS f SET subject_id = p_request_id
+        WHERE f.account_id = p_account_id AND f.source = 'refund' AND f.external_id = p_reference;
+        -- As a correction: in the budgets whose running period the charge counts in.
+        PERFORM count_spending(
+            p_account_id, v_usage.key_id, v_usage.project_id, -v_amount, clock_timestamp(),
+            v_usage.settled_at
+        ) WHERE p_request_id IS NOT NULL;
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_entry_id, clock_timestamp(), p_actor, 'refund', jsonb_build_object(
+                'amount', v_amount, 'request_id', p_request_id, 'reference', p_reference,
+                'reason', p_reason
+            )
+        );
+        entry_id := p_entry_id;
+        amount := v_amount;
+        v_refunded := v_refunded + v_amount;
+    END IF;
+    refunded := v_refunded;
+    posted := v_balance.posted;
+    reserved := v_balance.reserved;
+    credit_limit := v_balance.credit_limit;
+    RETURN NEXT;
+END $$;
+
+-- Take back a deposit, grant, refund or adjustment, all of it and once. Idempotent by p_reference.
+--
+--   posted, exists, conflict, insufficient_credits, unknown_account   as fund has them
+--   unknown            the account has no such entry of money that is no request's
+--   not_reversible     it is a reversal itself, or credits that expired
+--   expiring           credits that expire by themselves: what of them is there nobody can tell
+--   already_reversed   it was taken back before
+CREATE FUNCTION reverse_funding(
+    p_account_id uuid, p_entry_id uuid, p_reversed_id uuid, p_reference text, p_reason text,
+    p_actor text
+) RETURNS TABLE (
+    outcome text, entry_id uuid, amount bigint, posted bigint, reserved bigint,
+    credit_limit bigint
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_balance balances;
+    v_prior funding;
+    v_funding funding;
+    v_usage usage;
+BEGIN
+    SELECT * INTO v_balance FROM balances AS b
+    WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_prior FROM funding AS f
+    WHERE f.account_id = p_account_id AND f.source = 'reversal' AND f.external_id = p_reference;
+    SELECT * INTO v_funding FROM funding AS f
+    WHERE f.account_id = p_account_id AND f.entry_id = p_reversed_id;
+    outcome := CASE
+        WHEN v_balance.account_id IS NULL THEN 'unknown_account'
+        WHEN v_prior.entry_id IS NOT NULL THEN CASE
+            WHEN v_prior.subject_id = p_reversed_id THEN 'exists' ELSE 'conflict'
+        END
+        WHEN v_funding.entry_id IS NULL THEN 'unknown'
+        WHEN v_funding.kind NOT IN ('deposit', 'grant', 'refund', 'adjustment')
+        THEN 'not_reversible'
+        WHEN EXISTS (
+            SELECT 1 FROM expiring_credits AS x
+            WHERE x.account_id = p_account_id AND x.grant_id = p_reversed_id
+        ) THEN 'expiring'
+        WHEN EXISTS (
+            SELECT 1 FROM funding AS f
+            WHERE f.account_id = p_account_id AND f.subject_id = p_reversed_id
+                AND f.kind = 'reversal'
+        ) THEN 'already_reversed'
+        WHEN v_funding.amount > 0
+            AND v_balance.posted - v_funding.amount - v_balance.reserved
+            + v_balance.credit_limit < 0
+        THEN 'insufficient_credits'
+        ELSE 'posted'
+    END;
+    entry_id := v_prior.entry_id;
+    amount := coalesce(v_prior.amount, -v_funding.amount);
+    IF outcome = 'posted' THEN
+        v_balance := post_credits(
+            p_account_id, p_entry_id, 'reversal', -v_funding.amount, 'reversal', p_reference,
+            p_reason, p_reference, p_actor
+        );
+        UPDATE funding AS f SET subject_id = p_reversed_id
+        WHERE f.account_id = p_account_id AND f.source = 'reversal'
+            AND f.external_id = p_reference;
+        IF v_funding.kind = 'refund' AND v_funding.subject_id IS NOT NULL THEN
+            SELECT * INTO v_usage FROM usage AS u
+            WHERE u.account_id = p_account_id AND u.request_id = v_funding.subject_id;
+            PERFORM count_spending(
+                p_account_id, v_usage.key_id, v_usage.project_id, v_funding.amount,
+                clock_timestamp(), v_funding.at
+            );
+        END IF;
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_entry_id, clock_timestamp(), p_actor, 'reversal', jsonb_build_object(
+                'amount', -v_funding.amount, 'entry_id', p_reversed_id, 'kind', v_funding.kind,
+                'reference', p_reference, 'reason', p_reason
+            )
+        );
+        entry_id := p_entry_id;
+    END IF;
+    posted := v_balance.posted;
+    reserved := v_balance.reserved;
+    credit_limit := v_balance.credit_limit;
+    RETURN NEXT;
+END $$;
+
+-- Say how far an account may go below zero. Not below what it uses of that already: `in_use`. The
+-- audit finds in the trail which limit held when a hold was placed. Answers set, exists (it is that
+-- already), in_use or unknown_account.
+CREATE FUNCTION set_credit_limit(
+    p_account_id uuid, p_credit_limit bigint, p_reason text, p_event_id uuid, p_actor text
+) RETURNS TABLE (outcome text, posted bigint, reserved bigint, credit_limit bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_balance balances;
+BEGIN
+    SELECT * INTO v_balance FROM balances AS b
+    WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    outcome := CASE
+        WHEN v_balance.account_id IS NULL THEN 'unknown_account'
+        WHEN v_balance.credit_limit = p_credit_limit THEN 'exists'
+        WHEN p_credit_limit < v_balance.credit_limit
+            AND v_balance.posted - v_balance.reserved + p_credit_limit < 0
+        THEN 'in_use'
+        ELSE 'set'
+    END;
+    IF outcome = 'set' THEN
+        UPDATE balances AS b SET
+            credit_limit = p_credit_limit,
+            overdraft = greatest(0, -(b.posted - b.reserved + p_credit_limit))
+        WHERE b.account_id = p_account_id;
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.credit_limit',
+            jsonb_build_object(
+                'credit_limit', p_credit_limit, 'before', v_balance.credit_limit,
+                'seq', v_balance.seq, 'reason', p_reason
+            )
+        );
+        v_balance.credit_limit := p_credit_limit;
+    END IF;
+    posted := v_balance.posted;
+    reserved := v_balance.reserved;
+    credit_limit := v_balance.credit_limit;
+    RETURN NEXT;
+END $$;
+
+-- The limit that held when an account's entry of this number was written.
+CREATE FUNCTION credit_limit_at(p_account_id uuid, p_seq bigint) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = tallygate, pg_temp AS $$
+    SELECT coalesce(
+        (
+            SELECT (t.detail ->> 'before')::bigint FROM audit_trail AS t
+            WHERE t.account_id = p_account_id AND t.action = 'account.credit_limit'
+                AND (t.detail ->> 'seq')::bigint >= p_seq
+            ORDER BY (t.detail ->> 'seq')::bigint, t.event_id LIMIT 1
+        ),
+        (SELECT b.credit_limit FROM balances AS b WHERE b.account_id = p_account_id)
+    )
+$$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Keys and projects
+-- ---------------------------------------------------------------------------------------------
+
+-- When each key was last used, to some seconds. One that never was has no row.
+CREATE TABLE key_uses (
+    account_id uuid NOT NULL,
+    key_id uuid NOT NULL,
+    last_used_at timestamptz NOT NULL,
+    PRIMARY KEY (account_id, key_id)
+) WITH (fillfactor = 50);
+
+-- What operators look keys up by, over all accounts.
+CREATE INDEX virtual_keys_by_id ON virtual_keys (key_id);
+CREATE INDEX virtual_keys_by_prefix ON virtual_keys (prefix COLLATE "C", key_id);
+
+-- Write down when keys were last used: so many seconds ago. Sorted, so that two replicas can't wait
+-- for each other, and the later time counts, whoever is later in saying so.
+CREATE FUNCTION note_key_uses(
+    p_account_ids uuid[], p_key_ids uuid[], p_ages_s double precision[]
+) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+    INSERT INTO key_uses AS k
+    SELECT u.account_id, u.key_id, clock_timestamp() - make_interval(secs => u.age_s)
+    FROM unnest(p_account_ids, p_key_ids, p_ages_s) AS u(account_id, key_id, age_s)
+    ORDER BY u.account_id, u.key_id
+    ON CONFLICT (account_id, key_id) DO UPDATE
+    SET last_used_at = greatest(k.last_used_at, excluded.last_used_at)
+$$;
+
+-- The number of an account's first entry at or after p_at, by halving; one more than that of its
+-- last where there is none. Entries are numbered in the order of their times.
+CREATE FUNCTION first_seq_since(p_account_id uuid, p_at timestamptz) RETURNS bigint
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    v_low bigint := 1;
+    v_high bigint := (SELECT b.seq + 1 FROM balances AS b WHERE b.account_id = p_account_id);
+    v_middle bigint;
+    v_entry record;
+BEGIN
+    WHILE v_low < v_high LOOP
+        v_middle := (v_low + v_high) / 2;
+        -- Numbers of detached months are missing: the next one there is stands for them.
+        SELECT e.seq, e.at INTO v_entry FROM entries AS e
+        WHERE e.account_id = p_account_id AND e.seq >= v_middle ORDER BY e.seq LIMIT 1;
+        IF v_entry.at < p_at THEN
+            v_low := v_entry.seq + 1;
+        ELSE
+            v_high := v_middle;
+        END IF;
+    END LOOP;
+    RETURN v_low;
+END $$;
+
+-- What an account's entries p_first to p_last have taken, since p_since, of the budget of these keys
+-- or projects, in nano-USD: the sum that counting them one by one would have come to. A correction
+-- counts when its request ended, everything else when it was posted.
+CREATE FUNCTION spent_by(
+    p_account_id uuid, p_scope_ids uuid[], p_since timestamptz, p_first bigint, p_last bigint
+) RETURNS bigint
+LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+    SELECT coalesce(sum(-e.posted_delta), 0)::bigint
+    FROM entries AS e
+    INNER JOIN usage AS u
+        ON e.account_id = p_account_id AND u.account_id = p_account_id
+        AND e.request_id = u.request_id
+    WHERE e.seq BETWEEN p_first AND p_last AND e.posted_delta <> 0
+        AND CASE e.kind WHEN 'correction' THEN u.settled_at ELSE e.at END >= p_since
+        AND (u.key_id = ANY(p_scope_ids) OR u.project_id = ANY(p_scope_ids))
+$$;
+
+-- What the running period of a budget has taken so far: p_since is where it began, p_through the last
+-- entry that is in p_spent. Called with what an earlier call has answered it adds what came since,
+-- so that most of it can be added up before a lock for which every request of the account waits.
+CREATE FUNCTION spent_so_far(
+    p_account_id uuid, p_scope_ids uuid[], p_period text,
+    INOUT p_since timestamptz, INOUT p_through bigint, INOUT p_spent bigint
+)
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_since constant timestamptz := period_start(p_period, clock_timestamp());
+    v_last constant bigint := (
+        SELECT b.seq FROM balances AS b WHERE b.account_id = p_account_id
+    );
+BEGIN
+    IF p_since IS DISTINCT FROM v_since THEN
+        p_since := v_since;
+        p_through := first_seq_since(p_account_id, v_since) - 1;
+        p_spent := 0;
+    END IF;
+    p_spent := p_spent + spent_by(p_account_id, p_scope_ids, v_since, p_through + 1, v_last);
+    p_through := v_last;
+END $$;
+
+-- A key and those in whose place it was put: it goes on with what they have used.
+CREATE FUNCTION key_line(p_account_id uuid, p_key_id uuid) RETURNS uuid[]
+LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+    WITH RECURSIVE line AS (
+        SELECT p_key_id AS key_id
+        UNION
+        SELECT k.key_id FROM line AS l
+        INNER JOIN virtual_keys AS k
+            ON k.account_id = p_account_id AND l.key_id = k.replaced_by
+    )
+    SELECT array_agg(l.key_id) FROM line AS l
+$$;
+
+-- Begin to count a key's or project's open holds, as if it had been limited when they were placed.
+-- Under the lock of the balance.
+CREATE FUNCTION count_open_holds(p_account_id uuid, p_scope_id uuid) RETURNS void
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    v_minute constant timestamptz := date_trunc('minute', clock_timestamp());
+BEGIN
+    WITH counted AS (
+        UPDATE open_holds AS h
+        SET
+            scopes = array_append(h.scopes, p_scope_id),
+            minute = coalesce(h.minute, date_trunc('minute', h.created_at))
+        WHERE h.account_id = p_account_id AND p_scope_id IN (h.key_id, h.project_id)
+            AND (h.scopes IS NULL OR p_scope_id <> ALL(h.scopes))
+        RETURNING h.amount, h.tokens, h.minute
+    )
+    UPDATE scope_counters AS c SET
+        minute = v_minute,
+        requests = CASE WHEN c.minute = v_minute THEN c.requests ELSE 0 END + t.requests,
+        tokens = CASE WHEN c.minute = v_minute THEN c.tokens ELSE 0 END + t.tokens,
+        holds = c.holds + t.holds,
+        reserved = c.reserved + t.amount
+    FROM (
+        SELECT
+            count(*)::integer AS holds, coalesce(sum(d.amount), 0)::bigint AS amount,
+            (count(*) FILTER (WHERE d.minute = v_minute))::integer AS requests,
+            coalesce(sum(d.tokens) FILTER (WHERE d.minute = v_minute), 0)::bigint AS tokens
+        FROM counted AS d
+    ) AS t
+    WHERE c.account_id = p_account_id AND c.scope_id = p_scope_id;
+END $$;
+
+-- What an act changed, for the audit trail: {before, after} of the members that p_changes names.
+CREATE FUNCTION changes_of(p_before jsonb, p_after jsonb, p_changes jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE STRICT
+RETURN (
+    SELECT jsonb_build_object(
+        'before', jsonb_object_agg(c.key, p_before -> c.key),
+        'after', jsonb_object_agg(c.key, p_after -> c.key)
+    )
+    FROM jsonb_each(p_changes) AS c (key, value)
+);
+
+-- Change a key: what p_changes names of {name, role, project_id, expires_at, allowed_models,
+-- allowed_endpoints, allowed_networks, requests_per_minute, tokens_per_minute, max_concurrency,
+-- budget, budget_period}; null takes a limit away. A limit that is new counts what is open already,
+-- a budget that is new or of another period what its running period has taken. Takes effect on the
+-- next authorization of every replica.
+--
+--   changed                             also where it says what is so already
+--   unknown                             there is no such key
+--   revoked                             it is no more to be changed
+--   unknown_project, archived_project   where the key was to go
+CREATE FUNCTION update_key(
+    p_account_id uuid, p_key_id uuid, p_changes jsonb, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+    v_old virtual_keys;
+    v_new virtual_keys;
+    v_status text;
+    v_since timestamptz;
+    v_through bigint;
+    v_spent bigint;
+BEGIN
+    SELECT * INTO v_old FROM virtual_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, key_line(p_account_id, p_key_id), v_new.budget_period, NULL, NULL, NULL
+        ) AS s;
+    END IF;
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM virtual_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_old.status = 'revoked' THEN
+        RETURN 'revoked';
+    END IF;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new.project_id IS DISTINCT FROM v_old.project_id AND v_new.project_id IS NOT NULL THEN
+        v_status := (
+            SELECT p.status FROM projects AS p
+            WHERE p.account_id = p_account_id AND p.project_id = v_new.project_id
+        );
+        IF v_status IS DISTINCT FROM 'active' THEN
+            RETURN coalesce(v_status, 'unknown') || '_project';
+        END IF;
+    END IF;
+    IF v_new IS NOT DISTINCT FROM v_old THEN
+        RETURN 'changed';
+    END IF;
+    UPDATE virtual_keys AS k SET
+        name = v_new.name, role = v_new.role, project_id = v_new.project_id,
+        expires_at = v_new.expires_at, allowed_models = v_new.allowed_models,
+        allowed_endpoints = v_new.allowed_endpoints, allowed_networks = v_new.allowed_networks,
+        requests_per_minute = v_new.requests_per_minute,
+        tokens_per_minute = v_new.tokens_per_minute, max_concurrency = v_new.max_concurrency,
+        budget = v_new.budget, budget_period = v_new.budget_period, version = k.version + 1
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id
+    RETURNING * INTO v_new;
+    IF v_new.is_limited AND NOT v_old.is_limited THEN
+        PERFORM count_open_holds(p_account_id, p_key_id);
+    END IF;
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, key_line(p_account_id, p_key_id), v_new.budget_period, v_since,
+            v_through, v_spent
+        ) AS s;
+        UPDATE scope_counters AS c SET period = v_since, spent = v_spent
+        WHERE c.account_id = p_account_id AND c.scope_id = p_key_id;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor, 'key.update',
+        jsonb_build_object('key_id', p_key_id) || changes_of(
+            to_jsonb(v_old), to_jsonb(v_new), p_changes
+        )
+    );
+    RETURN 'changed';
+END $$;
+
+-- Put a key in another's place, with the same settings and with what that one has used of its
+-- limits. The old one ends after p_overlap_s seconds, or at once where that is 0; from now on each
+-- of the two counts its own requests, and requests under way count for both.
+--
+--   rotated    done
+--   unknown    there is no such key
+--   revoked, expired, replaced   it has ended, or another was put in its place before
+--   closed     the account is
+CREATE FUNCTION rotate_key(
+    p_account_id uuid, p_key_id uuid, p_new_key_id uuid, p_key_hash bytea, p_prefix text,
+    p_overlap_s integer, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_old virtual_keys;
+    v_now timestamptz;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM virtual_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id FOR NO KEY UPDATE;
+    v_now := clock_timestamp();
+    IF v_old.key_id IS NULL THEN
+        RETURN 'unknown';
+    ELSIF v_old.status = 'revoked' THEN
+        RETURN 'revoked';
+    ELSIF v_old.replaced_by IS NOT NULL THEN
+        RETURN 'replaced';
+    ELSIF v_old.expires_at <= v_now THEN
+        RETURN 'expired';
+    END IF;
+    PERFORM 1 FROM accounts AS a WHERE a.account_id = p_account_id AND a.status <> 'closed';
+    IF NOT FOUND THEN
+        RETURN 'closed';
+    END IF;
+    INSERT INTO virtual_keys (
+        account_id, key_id, key_hash, prefix, name, expires_at, allowed_models,
+        requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period, role,
+        project_id, allowed_endpoints, allowed_networks
+    ) VALUES (
+        p_account_id, p_new_key_id, p_key_hash, p_prefix, v_old.name, v_old.expires_at,
+        v_old.allowed_models, v_old.requests_per_minute, v_old.tokens_per_minute,
+        v_old.max_concurrency, v_old.budget, v_old.budget_period, v_old.role, v_old.project_id,
+        v_old.allowed_endpoints, v_old.allowed_networks
+    );
+    INSERT INTO scope_counters
+    SELECT
+        c.account_id, p_new_key_id, c.minute, c.requests, c.tokens, c.holds, c.reserved, c.period,
+        c.spent
+    FROM scope_counters AS c WHERE c.account_id = p_account_id AND c.scope_id = p_key_id;
+    UPDATE open_holds AS h SET scopes = array_append(h.scopes, p_new_key_id)
+    WHERE h.account_id = p_account_id AND p_key_id = ANY(h.scopes);
+    UPDATE virtual_keys AS k SET
+        replaced_by = p_new_key_id, version = k.version + 1,
+        status = CASE p_overlap_s WHEN 0 THEN 'revoked' ELSE k.status END,
+        revoked_at = CASE p_overlap_s WHEN 0 THEN v_now END,
+        expires_at = CASE p_overlap_s
+            WHEN 0 THEN k.expires_at
+            ELSE least(k.expires_at, v_now + make_interval(secs => p_overlap_s))
+        END
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_new_key_id, v_now, p_actor, 'key.rotate', jsonb_build_object(
+            'key_id', p_key_id, 'replaced_by', p_new_key_id, 'overlap_s', p_overlap_s
+        )
+    );
+    RETURN 'rotated';
+END $$;
+
+-- p_project is {name, budget, budget_period}. False if there is no such open account.
+CREATE FUNCTION create_project(
+    p_account_id uuid, p_project_id uuid, p_project jsonb, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    PERFORM 1 FROM accounts AS a WHERE a.account_id = p_account_id AND a.status <> 'closed';
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO projects (account_id, project_id, name, budget, budget_period) VALUES (
+        p_account_id, p_project_id, p_project ->> 'name', (p_project ->> 'budget')::bigint,
+        coalesce(p_project ->> 'budget_period', 'total')
+    );
+    INSERT INTO scope_counters (account_id, scope_id) VALUES (p_account_id, p_project_id);
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_project_id, clock_timestamp(), p_actor, 'project.create',
+        jsonb_build_object('project_id', p_project_id) || p_project
+    );
+    RETURN true;
+END $$;
+
+-- Change what p_changes names of {name, budget, budget_period}, as update_key does. Answers changed,
+-- unknown, or archived, which is no more to be changed.
+CREATE FUNCTION update_project(
+    p_account_id uuid, p_project_id uuid, p_changes jsonb, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+    v_old projects;
+    v_new projects;
+    v_since timestamptz;
+    v_through bigint;
+    v_spent bigint;
+BEGIN
+    SELECT * INTO v_old FROM projects AS p
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, ARRAY[p_project_id], v_new.budget_period, NULL, NULL, NULL
+        ) AS s;
+    END IF;
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM projects AS p
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_old.status = 'archived' THEN
+        RETURN 'archived';
+    END IF;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new IS NOT DISTINCT FROM v_old THEN
+        RETURN 'changed';
+    END IF;
+    UPDATE projects AS p SET
+        name = v_new.name, budget = v_new.budget, budget_period = v_new.budget_period
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
+    IF v_new.budget IS NOT NULL AND v_old.budget IS NULL THEN
+        PERFORM count_open_holds(p_account_id, p_project_id);
+    END IF;
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, ARRAY[p_project_id], v_new.budget_period, v_since, v_through, v_spent
+        ) AS s;
+        UPDATE scope_counters AS c SET period = v_since, spent = v_spent
+        WHERE c.account_id = p_account_id AND c.scope_id = p_project_id;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor, 'project.update',
+        jsonb_build_object('project_id', p_project_id) || changes_of(
+            to_jsonb(v_old), to_jsonb(v_new), p_changes
+        )
+    );
+    RETURN 'changed';
+END $$;
+
+-- Revoke a project's keys, at once and on every replica, and take no more of them. What it was
+-- called and what it used stays. Answers archived, also for one that was, or unknown.
+CREATE FUNCTION archive_project(
+    p_account_id uuid, p_project_id uuid, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_status text;
+    v_keys jsonb;
+    v_now timestamptz;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT p.status INTO v_status FROM projects AS p
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_status = 'archived' THEN
+        RETURN 'archived';
+    END IF;
+    v_now := clock_timestamp();
+    UPDATE projects AS p SET status = 'archived', archived_at = v_now
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
+    WITH revoked AS (
+        UPDATE virtual_keys AS k
+        SET status = 'revoked', revoked_at = v_now, version = k.version + 1
+        WHERE k.account_id = p_account_id AND k.project_id = p_project_id
+            AND k.status = 'active'
+        RETURNING k.key_id
+    )
+    SELECT coalesce(jsonb_agg(r.key_id ORDER BY r.key_id), '[]') INTO v_keys FROM revoked AS r;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, v_now, p_actor, 'project.archive',
+        jsonb_build_object('project_id', p_project_id, 'revoked_keys', v_keys)
+    );
+    RETURN 'archived';
+END $$;
+
+-- ---------------------------------------------------------------------------------------------
+-- Operators: their keys, the standing of accounts, models that are off
+-- ---------------------------------------------------------------------------------------------
+
+-- Keys of the admin API; that of TALLYGATE_ADMIN_KEY is not among them. What a role may is said in
+-- proxy/operators.py. The name is what the audit trail calls whoever holds the key.
+CREATE TABLE admin_keys (
+    admin_key_id uuid PRIMARY KEY,
+    key_hash bytea NOT NULL UNIQUE CHECK (length(key_hash) = 32),
+    prefix text NOT NULL,
+    name text NOT NULL CHECK (length(name) BETWEEN 1 AND 64),
+    role text NOT NULL CHECK (role IN ('owner', 'finance', 'support', 'read-only')),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text NOT NULL,
+    expires_at timestamptz,
+    revoked_at timestamptz,
+    -- To the minute.
+    last_used_at timestamptz
+);
+-- A name is one key's at a time, or the trail would not tell whose act it was.
+CREATE UNIQUE INDEX admin_keys_by_name ON admin_keys (name) WHERE revoked_at IS NULL;
+
+-- Models, or all models of a provider, that nobody may call for now. Whoever changes it raises
+-- models_version in `meta`, by which authorize_batch finds out a proxy that does not know yet.
+CREATE TABLE model_switches (
+    switch_id uuid PRIMARY KEY,
+    kind text NOT NULL CHECK (kind IN ('model', 'provider')),
+    -- The name of a provider; of models also a pattern such as gpt-4o*.
+    pattern text NOT NULL CHECK (length(pattern) BETWEEN 1 AND 256),
+    reason text NOT NULL,
+    switched_by text NOT NULL,
+    switched_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    UNIQUE (kind, pattern)
+);
+INSERT INTO meta VALUES ('models_version', '0');
+
+-- What operators look accounts up by. A name is found by any three letters of it.
+CREATE FUNCTION name_trigrams(p_name text) RETURNS text[] LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN ARRAY(
+    SELECT DISTINCT substr(lower(p_name), n.i, 3)
+    FROM generate_series(1, length(lower(p_name)) - 2) AS n(i)
+);
+CREATE INDEX accounts_by_name ON accounts USING gin (name_trigrams(name)) WITH (fastupdate = off);
+CREATE INDEX audit_trail_by_event ON audit_trail (event_id);
+
+-- p_key is {name, role, prefix, expires_at}. False where another key has the name.
+CREATE FUNCTION create_admin_key(
+    p_admin_key_id uuid, p_key_hash bytea, p_key jsonb, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_key admin_keys := jsonb_populate_record(NULL::admin_keys, p_key);
+BEGIN
+    INSERT INTO admin_keys (
+        admin_key_id, key_hash, prefix, name, role, created_by, expires_at
+    ) VALUES (
+        p_admin_key_id, p_key_hash, v_key.prefix, v_key.name, v_key.role, p_actor,
+        v_key.expires_at
+    ) ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_admin_key_id, clock_timestamp(), p_actor,
+        'admin_key.create', p_key || jsonb_build_object('admin_key_id', p_admin_key_id)
+    );
+    RETURN true;
+END $$;
+
+-- At once. False if there is no such key; true again for one that was revoked before.
+CREATE FUNCTION revoke_admin_key(p_admin_key_id uuid, p_event_id uuid, p_actor text)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_name text;
+BEGIN
+    UPDATE admin_keys AS k SET revoked_at = clock_timestamp()
+    WHERE k.admin_key_id = p_admin_key_id AND k.revoked_at IS NULL
+    RETURNING k.name INTO v_name;
+    IF FOUND THEN
+        INSERT INTO audit_trail VALUES (
+            '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+            'admin_key.revoke',
+            jsonb_build_object('admin_key_id', p_admin_key_id, 'name', v_name)
+        );
+        RETURN true;
+    END IF;
+    RETURN EXISTS (SELECT 1 FROM admin_keys AS k WHERE k.admin_key_id = p_admin_key_id);
+END $$;
+
+-- Whose key this is, and that it was used; no row where nobody's.
+CREATE FUNCTION use_admin_key(p_key_hash bytea)
+RETURNS TABLE (admin_key_id uuid, name text, role text, is_revoked boolean, is_expired boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_now constant timestamptz := clock_timestamp();
+BEGIN
+    UPDATE admin_keys AS k SET last_used_at = v_now
+    WHERE
+        k.key_hash = p_key_hash AND k.revoked_at IS NULL
+        AND coalesce(k.expires_at > v_now, true)
+        AND coalesce(k.last_used_at < v_now - interval '1 minute', true);
+    RETURN QUERY
+    SELECT
+        k.admin_key_id, k.name, k.role, k.revoked_at IS NOT NULL,
+        coalesce(k.expires_at <= v_now, false)
+    FROM admin_keys AS k WHERE k.key_hash = p_key_hash;
+END $$;
+
+-- Suspend an account, have it served again, or close it for good: its keys are revoked, open holds
+-- end as they do, and what is left of its balance stays. Takes effect on the next authorization of
+-- every replica. Answers `done`, `exists` where it stands so already, `closed` where it was closed,
+-- and NULL where there is no such account.
+CREATE FUNCTION set_account_status(
+    p_account_id uuid, p_status text, p_reason text, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_before text;
+    v_keys integer := 0;
+BEGIN
+    SELECT a.status INTO v_before FROM accounts AS a
+    WHERE a.account_id = p_account_id FOR NO KEY UPDATE;
+    IF v_before IS NULL OR v_before IN (p_status, 'closed') THEN
+        RETURN CASE v_before WHEN p_status THEN 'exists' ELSE v_before END;
+    END IF;
+    UPDATE accounts AS a SET status = p_status, version = a.version + 1
+    WHERE a.account_id = p_account_id;
+    IF p_status = 'closed' THEN
+        UPDATE virtual_keys AS k
+        SET status = 'revoked', revoked_at = clock_timestamp(), version = k.version + 1
+        WHERE k.account_id = p_account_id AND k.status = 'active';
+        GET DIAGNOSTICS v_keys = ROW_COUNT;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor,
+        CASE p_status
+            WHEN 'active' THEN 'account.resume'
+            WHEN 'suspended' THEN 'account.suspend'
+            ELSE 'account.close'
+        END,
+        jsonb_strip_nulls(
+            jsonb_build_object('reason', p_reason, 'before', v_before, 'keys_revoked', v_keys)
+        )
+    );
+    RETURN 'done';
+END $$;
+
+-- False if there is no such account.
+CREATE FUNCTION rename_account(p_account_id uuid, p_name text, p_event_id uuid, p_actor text)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_before text;
+BEGIN
+    SELECT a.name INTO v_before FROM accounts AS a
+    WHERE a.account_id = p_account_id FOR NO KEY UPDATE;
+    IF v_before <> p_name THEN
+        UPDATE accounts AS a SET name = p_name WHERE a.account_id = p_account_id;
+        INSERT INTO audit_trail VALUES (
+            p_account_id, p_event_id, clock_timestamp(), p_actor, 'account.rename',
+            jsonb_build_object('name', p_name, 'before', v_before)
+        );
+    END IF;
+    RETURN v_before IS NOT NULL;
+END $$;
+
+-- Every authorization that begins from now on is told to look at the switches first.
+CREATE FUNCTION raise_models_version() RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+    UPDATE meta SET value = (value::integer + 1)::text WHERE name = 'models_version'
+$$;
+
+-- Switch models off, on every replica at once. Answers the id of the switch that says so, which is
+-- an earlier one where they were off before.
+CREATE FUNCTION switch_models_off(
+    p_switch_id uuid, p_kind text, p_pattern text, p_reason text, p_actor text
+) RETURNS uuid
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    PERFORM raise_models_version();
+    INSERT INTO model_switches (switch_id, kind, pattern, reason, switched_by)
+    VALUES (p_switch_id, p_kind, p_pattern, p_reason, p_actor)
+    ON CONFLICT (kind, pattern) DO NOTHING;
+    IF FOUND THEN
+        INSERT INTO audit_trail VALUES (
+            '00000000-0000-0000-0000-000000000000', p_switch_id, clock_timestamp(), p_actor,
+            'models.off', jsonb_build_object(p_kind, p_pattern, 'reason', p_reason)
+        );
+    END IF;
+    RETURN (
+        SELECT s.switch_id FROM model_switches AS s
+        WHERE s.kind = p_kind AND s.pattern = p_pattern
+    );
+END $$;
+
+-- Switch them on again. False where there is no such switch.
+CREATE FUNCTION switch_models_on(p_switch_id uuid, p_event_id uuid, p_actor text)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_switch model_switches;
+BEGIN
+    PERFORM raise_models_version();
+    DELETE FROM model_switches AS s WHERE s.switch_id = p_switch_id RETURNING s.* INTO v_switch;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
+        'models.on', jsonb_build_object(v_switch.kind, v_switch.pattern)
+    );
+    RETURN true;
 END $$;
 
 -- ---------------------------------------------------------------------------------------------
@@ -3201,8 +5366,17 @@ period_start, note_witness, set_account_options, idempotency_begin, idempotency_
 idempotency_release, purge_idempotency_keys, resolve_review, record_reconciliation,
 entry_leaf, seal_content, seal_root, seal_page, close_seal, record_audit, retention_obstacle,
 detach_month,
+update_key, rotate_key, note_key_uses, create_project, update_project, archive_project,
 watch_page, claim_webhooks, finish_webhook, create_webhook, change_webhook, rotate_webhook_secret,
-delete_webhook, test_webhook, replay_webhooks, purge_webhook_events, erase_account
+delete_webhook, test_webhook, replay_webhooks, purge_webhook_events, erase_account,
+expiring_credits_left, fund_expiring, expire_credits, grant_month, grant_monthly_credits,
+open_account, set_account_tier, set_account_overrides,
+usage_hour, roll_up_usage, refresh_rollups, entry_before, set_low_balance,
+begin_charge, forget_charge, end_charge, recurring_period, create_recurring_charge,
+change_recurring_charge, claim_recurring_charges, finish_recurring_charge, refunded, refund,
+reverse_funding, set_credit_limit, credit_limit_at,
+create_admin_key, revoke_admin_key, use_admin_key, set_account_status, rename_account,
+switch_models_off, switch_models_on, name_trigrams
 TO tallygate_app;
 
 RESET ROLE;

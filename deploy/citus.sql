@@ -25,25 +25,34 @@ SELECT create_reference_table('tallygate.meta');
 SELECT create_reference_table('tallygate.price_books');
 SELECT create_reference_table('tallygate.price_book_cancellations');
 SELECT create_reference_table('tallygate.seals');
-SELECT create_reference_table('tallygate.webhook_endpoints');
+SELECT create_reference_table('tallygate.usage_rollup_state');
+SELECT create_reference_table('tallygate.webhook_receivers');
 
--- Everything that grows with customers. audit_runs, detached_months and reconciliations stay on the
+-- Everything that grows with customers. admin_keys, audit_runs, detached_months, model_switches, monthly_walk, price_book_drafts, reconciliations, usage_days stay on the
 -- coordinator: they are about the whole ledger, and nothing joins them to accounts.
 SELECT create_distributed_table('tallygate.balances', 'account_id');
 SELECT create_distributed_table('tallygate.accounts', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.virtual_keys', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.projects', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.key_uses', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.scope_counters', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.open_holds', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.entries', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.usage', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.funding', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.expiring_credits', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.credit_allocations', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.charges', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.recurring_charges', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.idempotency_keys', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.audit_trail', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.seal_points', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.carried_totals', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.carried_floors', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.carried_seams', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.usage_rollups', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.usage_active_days', 'account_id', colocate_with := 'tallygate.balances');
+SELECT create_distributed_table('tallygate.usage_dirty', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.webhook_counts', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.webhook_deliveries', 'account_id', colocate_with := 'tallygate.balances');
 SELECT create_distributed_table('tallygate.webhook_events', 'account_id', colocate_with := 'tallygate.balances');
@@ -54,7 +63,7 @@ SELECT create_distributed_table('tallygate.webhook_told', 'account_id', colocate
 SELECT create_distributed_function(f.oid::regprocedure)
 FROM pg_proc AS f
 WHERE f.pronamespace = 'tallygate'::regnamespace
-    AND f.proname IN ('admission_step', 'admission_walk', 'period_start', 'uuid_floor', 'entry_leaf', 'without_names')
+    AND f.proname IN ('admission_step', 'admission_walk', 'period_start', 'recurring_period', 'uuid_floor', 'usage_hour', 'entry_leaf', 'without_names', 'monthly_amount', 'name_trigrams')
 ORDER BY f.proname;
 
 -- narrow: from here on it is plain SQL, which a test runs on a PostgreSQL without Citus.

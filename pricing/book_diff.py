@@ -14,13 +14,14 @@ Selectors = tuple[str | None, str | None, str | None]
 
 @dataclass(frozen=True, slots=True)
 class RuleChange:
-    """A rule before and after; one of them is None where it was added or removed."""
+    """A rule before and after, None where there is none, and whom it is for."""
 
+    selectors: Selectors
     before: Rule | None
     after: Rule | None
 
     @property
-    def change(self) -> Literal["added", "removed", "changed"]:
+    def kind(self) -> Literal["added", "removed", "changed"]:
         """What happened to the rule."""
         if self.before is None:
             return "added"
@@ -40,7 +41,8 @@ class ActionChange:
 class BookDiff:
     """Everything that differs; rules in the order of the later book, then those it has not."""
 
-    default: RuleChange | None
+    # Before and after.
+    default: tuple[Rule, Rule] | None
     rules: tuple[RuleChange, ...]
     actions: tuple[ActionChange, ...]
     # Whether patterns that may be for the same request are tried in another order than before.
@@ -57,14 +59,16 @@ def diff_books(before: PriceBook, after: PriceBook) -> BookDiff:
     old = {_selectors(rule): rule for rule in before.rules}
     new = {_selectors(rule): rule for rule in after.rules}
     changes = [
-        RuleChange(old.get(selectors), rule)
+        RuleChange(selectors, old.get(selectors), rule)
         for selectors, rule in new.items()
         if selectors not in old or _differ(old[selectors], rule)
     ]
-    changes += [RuleChange(rule, None) for selectors, rule in old.items() if selectors not in new]
+    changes += [
+        RuleChange(selectors, rule, None) for selectors, rule in old.items() if selectors not in new
+    ]
     is_changed = _differ(before.default, after.default)
     return BookDiff(
-        default=RuleChange(before.default, after.default) if is_changed else None,
+        default=(before.default, after.default) if is_changed else None,
         rules=tuple(changes),
         actions=_actions(before.action_nanocredits, after.action_nanocredits),
         is_reordered=_contested(before, new) != _contested(after, old),

@@ -1,24 +1,30 @@
-"""Accounts and virtual keys, as the database keeps them.
-
-A key is 256 random bits; what is stored is their SHA-256, which needs no salt and no slow hash for
-a secret that nobody can guess. The key itself is returned once, by `create_key`.
-"""
+"""Accounts, and whose a virtual key is, as the database keeps them."""
 
 import hashlib
-import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from psycopg.rows import class_row, dict_row
-from psycopg.types.json import Jsonb
 
 from proxy.db import Pool
 from proxy.ids import uuid7
+from proxy.tiers import NO_TERMS, Tier
 
 KEY_PREFIX = "sk-"
-_SHOWN_CHARACTERS = 10
+# What a key of each role is good for: to look at the account, to spend its money, to change it.
+ROLES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "inference": frozenset({"read", "use"}),
+        "read-only": frozenset({"read"}),
+        "manage": frozenset({"read", "use", "manage"}),
+    }
+)
 
 
 def hash_key(key: str) -> bytes:
@@ -42,6 +48,14 @@ class Principal:
     is_expired: bool
     # Whether the account wants an SDK's own retry answered from the answers that are kept for it.
     replay_retries: bool
+    role: str = "inference"
+    project_id: UUID | None = None
+    # Patterns of the names of endpoints, and where requests may come from; None for any.
+    allowed_endpoints: list[str] | None = None
+    allowed_networks: list[IPv4Network | IPv6Network] | None = None
+    # What of the tier does not hold for this account, and the terms that come of both.
+    overrides: dict[str, Any] = field(default_factory=dict[str, Any])
+    terms: Tier = NO_TERMS
     # The account's id as text, for every request of the key.
     account_text: str = field(init=False)
 
@@ -49,46 +63,66 @@ class Principal:
         """Write the id once."""
         object.__setattr__(self, "account_text", str(self.account_id))
 
-
-@dataclass(frozen=True, slots=True)
-class KeyLimits:
-    """What a key may use; None for no limit. The budget is in nano-USD."""
-
-    expires_at: datetime | None = None
-    allowed_models: list[str] | None = None
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    max_concurrency: int | None = None
-    budget: int | None = None
-    budget_period: str = "total"
-
-
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """A key that was just made; `secret` exists nowhere else."""
-
-    key_id: UUID
-    secret: str
-    prefix: str
+    def may(self, needs: str) -> bool:
+        """Whether the key's role allows what a request needs."""
+        return needs in ROLES[self.role]
 
 
 class Accounts:
-    """Reads and writes accounts and keys. Raises psycopg's errors where the database is away."""
+    """Reads and writes accounts. Raises psycopg's errors where the database is away."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     async def create_account(
-        self, *, name: str, tier: str, credit_limit_nanos: int, actor: str
+        self,
+        *,
+        name: str,
+        tier: str,
+        credit_limit_nanos: int,
+        actor: str,
+        starter_nanos: int = 0,
+        monthly_nanos: Mapping[str, int] | None = None,
     ) -> UUID:
-        """Make an account with a balance of nothing."""
+        """Make an account with credits to start with, and this month's of its tier."""
         account_id = uuid7()
+        monthly = msgspec.json.encode(monthly_nanos or {}).decode()
         async with self._pool.connection() as connection:
             await connection.execute(
-                "SELECT create_account(%s, %s, %s, %s, %s)",
-                (account_id, name, tier, credit_limit_nanos, actor),
+                "SELECT open_account(%s, %s, %s, %s, %s, %s, %s)",
+                (account_id, name, tier, credit_limit_nanos, actor, starter_nanos, monthly),
             )
         return account_id
+
+    async def terms(self, account_id: UUID) -> tuple[str, dict[str, Any]] | None:
+        """Read an account's tier and what it has otherwise; None where there is no account."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT tier, overrides FROM accounts WHERE account_id = %s", (account_id,)
+            )
+            return await cursor.fetchone()
+
+    async def set_tier(self, account_id: UUID, tier: str, *, actor: str) -> bool:
+        """Change an account's tier, on every replica; False where there is no account."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT set_account_tier(%s, %s, %s, %s)", (account_id, tier, uuid7(), actor)
+            )
+            row = await cursor.fetchone()
+        return row is not None and bool(row[0])
+
+    async def set_overrides(
+        self, account_id: UUID, overrides: Mapping[str, Any], *, actor: str
+    ) -> bool:
+        """Replace what an account has otherwise than its tier; False where there is no account."""
+        document = msgspec.json.encode(overrides).decode()
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT set_account_overrides(%s, %s, %s, %s)",
+                (account_id, document, uuid7(), actor),
+            )
+            row = await cursor.fetchone()
+        return row is not None and bool(row[0])
 
     async def account(self, account_id: UUID) -> dict[str, Any] | None:
         """Read one account with its balance; None where there is none."""
@@ -105,23 +139,6 @@ class Accounts:
             )
             return await cursor.fetchone()
 
-    async def accounts(self, *, before: UUID | None, limit: int) -> list[dict[str, Any]]:
-        """Read accounts with their balances, newest first."""
-        async with (
-            self._pool.connection() as connection,
-            connection.cursor(row_factory=dict_row) as cursor,
-        ):
-            await cursor.execute(
-                "SELECT a.account_id, a.name, a.tier, a.status, a.created_at,"
-                " a.replay_retries, b.posted,"
-                " b.reserved, b.credit_limit FROM accounts AS a"
-                " JOIN balances AS b ON a.account_id = b.account_id"
-                " WHERE (%(before)s::uuid IS NULL OR a.account_id < %(before)s)"
-                " ORDER BY a.account_id DESC LIMIT %(limit)s",
-                {"before": before, "limit": limit},
-            )
-            return await cursor.fetchall()
-
     async def set_options(self, account_id: UUID, *, replay_retries: bool, actor: str) -> bool:
         """Change how an account is served, on every replica; False where there is no account."""
         async with self._pool.connection() as connection:
@@ -132,57 +149,23 @@ class Accounts:
             row = await cursor.fetchone()
         return row is not None and bool(row[0])
 
-    async def create_key(
-        self, account_id: UUID, *, name: str, limits: KeyLimits, actor: str
-    ) -> NewKey | None:
-        """Make a virtual key; None where there is no such open account."""
-        secret = KEY_PREFIX + secrets.token_urlsafe(32)
-        key_id = uuid7()
-        prefix = secret[:_SHOWN_CHARACTERS]
-        document: dict[str, object] = {
-            "key_id": str(key_id),
-            "name": name,
-            "prefix": prefix,
-            "expires_at": limits.expires_at.isoformat() if limits.expires_at else None,
-            "allowed_models": limits.allowed_models,
-            "requests_per_minute": limits.requests_per_minute,
-            "tokens_per_minute": limits.tokens_per_minute,
-            "max_concurrency": limits.max_concurrency,
-            "budget": limits.budget,
-            "budget_period": limits.budget_period,
-        }
+    async def low_balance(self, account_id: UUID) -> int | None:
+        """Read below what balance, in nano-USD, the account's is low; None where that is not set."""
         async with self._pool.connection() as connection:
             cursor = await connection.execute(
-                "SELECT create_key(%s, %s, %s, %s)",
-                (account_id, hash_key(secret), Jsonb(document), actor),
+                "SELECT low_balance_threshold FROM accounts WHERE account_id = %s", (account_id,)
             )
             row = await cursor.fetchone()
-        return NewKey(key_id, secret, prefix) if row is not None and row[0] else None
+        return None if row is None else row[0]
 
-    async def keys(
-        self, account_id: UUID, *, before: UUID | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Read an account's keys, newest first, without anything of the secret but its prefix."""
-        async with (
-            self._pool.connection() as connection,
-            connection.cursor(row_factory=dict_row) as cursor,
-        ):
-            await cursor.execute(
-                "SELECT key_id, name, prefix, status, created_at, revoked_at, expires_at,"
-                " allowed_models, requests_per_minute, tokens_per_minute, max_concurrency,"
-                " budget, budget_period FROM virtual_keys"
-                " WHERE account_id = %(account_id)s"
-                " AND (%(before)s::uuid IS NULL OR key_id < %(before)s)"
-                " ORDER BY key_id DESC LIMIT %(limit)s",
-                {"account_id": account_id, "before": before, "limit": limit},
-            )
-            return await cursor.fetchall()
-
-    async def revoke_key(self, account_id: UUID, key_id: UUID, *, actor: str) -> bool:
-        """Revoke a key, at once and on every replica; False where there is no such key."""
+    async def set_low_balance(
+        self, account_id: UUID, threshold_nanos: int | None, *, actor: str
+    ) -> bool:
+        """Set it, or None for nothing; False where there is no such account."""
         async with self._pool.connection() as connection:
             cursor = await connection.execute(
-                "SELECT revoke_key(%s, %s, %s, %s)", (account_id, key_id, uuid7(), actor)
+                "SELECT set_low_balance(%s, %s, %s, %s)",
+                (account_id, threshold_nanos, uuid7(), actor),
             )
             row = await cursor.fetchone()
         return row is not None and bool(row[0])
@@ -197,7 +180,8 @@ class Accounts:
                 "SELECT k.account_id, k.key_id, a.tier, a.version + k.version AS version,"
                 " k.allowed_models, k.status AS key_status, a.status AS account_status,"
                 " k.expires_at, coalesce(k.expires_at <= clock_timestamp(), false) AS is_expired,"
-                " a.replay_retries"
+                " a.replay_retries, k.role, k.project_id, k.allowed_endpoints, k.allowed_networks,"
+                " a.overrides"
                 " FROM virtual_keys AS k JOIN accounts AS a ON k.account_id = a.account_id"
                 " WHERE k.key_hash = %s",
                 (key_hash,),

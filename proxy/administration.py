@@ -10,21 +10,29 @@ from typing import Any, Literal
 from uuid import UUID
 
 from pricing.money import credits_text, nanos_from_credits, usd_text, usd_text_from_picos
-from proxy.accounts import Accounts, KeyLimits, NewKey
+from proxy.accounts import Accounts
 from proxy.api.admin_reviews import decision_of, refusal
 from proxy.db import make_pool, require_schema
 from proxy.errors import InvalidRequestError
 from proxy.ids import uuid7
+from proxy.keys import Keys, KeySettings, NewKey
 from proxy.ledger import Balance, Ledger
 from proxy.price_books import PriceBooks
 from proxy.reports import Reports, ReviewFilter
 from proxy.reviews import Reviews
 from proxy.serving import freeze_credit
+from proxy.tiers import Tiers
 
 ACTOR = "cli"
 # The same as the admin API's, so that a reference counts once, whichever way it comes.
 GRANT_SOURCE = "admin"
 _PAGE = 500
+_NOT_ROTATED = {
+    "revoked": "is revoked: create a new one",
+    "expired": "has expired: create a new one",
+    "replaced": "has another in its place already: rotate that one",
+    "closed": "is of a closed account",
+}
 
 Document = dict[str, Any]
 
@@ -38,17 +46,29 @@ class Administration:
     """The stores, over one pool, and what a credit is worth."""
 
     accounts: Accounts
+    keys: Keys
     ledger: Ledger
     reports: Reports
     reviews: Reviews
+    price_books: PriceBooks
     nanos_per_credit: int
+    tiers: Tiers
 
     async def create_account(self, name: str, *, tier: str, credits_: str | None) -> Document:
         """Make an account, with a first grant if `credits_` are given."""
         # A wrong amount must be known before there is an account.
         amount = self._nanos(credits_) if credits_ is not None else 0
+        try:
+            self.tiers.check(tier)
+        except InvalidRequestError as error:
+            raise NotDoneError(error.message) from None
         account_id = await self.accounts.create_account(
-            name=name, tier=tier, credit_limit_nanos=0, actor=ACTOR
+            name=name,
+            tier=tier,
+            credit_limit_nanos=0,
+            actor=ACTOR,
+            starter_nanos=self.tiers.of(tier, {}).starter_nanos,
+            monthly_nanos=self.tiers.monthly_nanos,
         )
         if amount:
             await self._fund(account_id, amount, reason="first credits", reference="first")
@@ -68,12 +88,17 @@ class Administration:
         )
 
     async def create_key(
-        self, account_id: UUID, name: str, limits: KeyLimits, *, budget_credits: str | None
+        self, account_id: UUID, name: str, settings: KeySettings, *, budget_credits: str | None
     ) -> Document:
         """Make a key; the document is the only place where it stands."""
         if budget_credits is not None:
-            limits = replace(limits, budget=self._nanos(budget_credits))
-        made = await self.accounts.create_key(account_id, name=name, limits=limits, actor=ACTOR)
+            settings = replace(settings, budget=self._nanos(budget_credits))
+        made = await self.keys.create(account_id, name=name, settings=settings, actor=ACTOR)
+        if made is None:
+            text = f"there is no account {account_id}, or it is closed"
+            if settings.project_id is not None:
+                text += f", or it has no active project {settings.project_id}"
+            raise NotDoneError(text)
         return _new_key(account_id, name, made)
 
     async def list_keys(self, account_id: UUID) -> Document:
@@ -83,24 +108,19 @@ class Administration:
 
     async def revoke_key(self, account_id: UUID, key_id: UUID) -> Document:
         """Revoke a key, at once and on every replica."""
-        if not await self.accounts.revoke_key(account_id, key_id, actor=ACTOR):
+        if not await self.keys.revoke(account_id, key_id, actor=ACTOR):
             raise NotDoneError(f"account {account_id} has no key {key_id}")
         return {"id": key_id, "status": "revoked"}
 
-    async def rotate_key(self, account_id: UUID, key_id: UUID) -> Document:
-        """Make a key with the name and limits of another, then revoke that one."""
-        old = next((k for k in await self._keys(account_id) if k["key_id"] == key_id), None)
+    async def rotate_key(self, account_id: UUID, key_id: UUID, *, overlap_s: int) -> Document:
+        """Put a new key in a key's place, which ends after so many seconds, or at once for 0."""
+        old = await self.keys.key(account_id, key_id)
+        rotated = await self.keys.rotate(account_id, key_id, overlap_s=overlap_s, actor=ACTOR)
         if old is None:
             raise NotDoneError(f"account {account_id} has no key {key_id}")
-        if old["status"] != "active":
-            raise NotDoneError(f"key {key_id} is {old['status']}: create a new one")
-        limits = KeyLimits(**{name: old[name] for name in KeyLimits.__slots__})
-        made = await self.accounts.create_key(
-            account_id, name=old["name"], limits=limits, actor=ACTOR
-        )
-        document = _new_key(account_id, old["name"], made)
-        await self.accounts.revoke_key(account_id, key_id, actor=ACTOR)
-        return {**document, "replaces": key_id}
+        if rotated.key is None:
+            raise NotDoneError(f"key {key_id} {_NOT_ROTATED[rotated.outcome]}")
+        return {**_new_key(account_id, old["name"], rotated.key), "replaces": key_id}
 
     async def list_reviews(self, wanted: ReviewFilter, *, limit: int) -> Document:
         """List what waits for a decision, newest first."""
@@ -181,7 +201,7 @@ class Administration:
 
     async def _keys(self, account_id: UUID) -> list[Document]:
         async def page(*, before: UUID | None, limit: int) -> list[Document]:
-            return await self.accounts.keys(account_id, before=before, limit=limit)
+            return await self.keys.keys(account_id, before=before, limit=limit)
 
         return await _every(page, "key_id")
 
@@ -206,13 +226,17 @@ class Administration:
         return {"credits": credits_text(nanos, self.nanos_per_credit), "usd": usd_text(nanos)}
 
     def _key(self, row: Mapping[str, Any]) -> Document:
-        budget = row["budget"]
+        budgets = {
+            f"{name}_credits": None
+            if row[name] is None
+            else credits_text(row[name], self.nanos_per_credit)
+            for name in ("budget", "budget_left")
+        }
+        others = row.keys() - {"account_id", "key_id", "budget", "budget_left"}
         return {
             "id": row["key_id"],
-            **{name: value for name, value in row.items() if name not in {"key_id", "budget"}},
-            "budget_credits": None
-            if budget is None
-            else credits_text(budget, self.nanos_per_credit),
+            **{name: value for name, value in row.items() if name in others},
+            **budgets,
         }
 
     def _review(self, row: Mapping[str, Any]) -> Document:
@@ -242,9 +266,7 @@ class Administration:
         return nanos_from_credits(credits_, self.nanos_per_credit)
 
 
-def _new_key(account_id: UUID, name: str, made: NewKey | None) -> Document:
-    if made is None:
-        raise NotDoneError(f"there is no account {account_id}, or it is closed")
+def _new_key(account_id: UUID, name: str, made: NewKey) -> Document:
     return {"id": made.key_id, "account_id": account_id, "name": name, "key": made.secret}
 
 
@@ -261,14 +283,26 @@ async def _every(
 
 
 @contextlib.asynccontextmanager
-async def administration(url: str, nanos_per_credit: int) -> AsyncGenerator[Administration]:
+async def administration(
+    url: str, nanos_per_credit: int, tiers: Tiers
+) -> AsyncGenerator[Administration]:
     """Open the stores; ConfigurationError where the database is not what the settings say."""
     require_schema(url)
     async with make_pool(url, max_size=2) as pool:
-        await freeze_credit(PriceBooks(pool), nanos_per_credit)
+        books = PriceBooks(pool)
+        await freeze_credit(books, nanos_per_credit)
         ledger, reports = Ledger(url, pool), Reports(pool)
         reviews = Reviews(pool, reports)
         try:
-            yield Administration(Accounts(pool), ledger, reports, reviews, nanos_per_credit)
+            yield Administration(
+                Accounts(pool),
+                Keys(pool),
+                ledger,
+                reports,
+                reviews,
+                books,
+                nanos_per_credit,
+                tiers,
+            )
         finally:
             await ledger.close()

@@ -22,14 +22,18 @@ from proxy.endpoints import Endpoint
 from proxy.errors import (
     InsufficientCreditsError,
     MeteringUnavailableError,
+    PermissionDeniedError,
     RateLimitError,
+    RequestTooDearError,
     TallygateError,
 )
+from proxy.exchange import Exchange
 from proxy.ledger import Authorization, HoldRequest, Ledger, Settlement
 from proxy.plan import Plan, Planner
 from proxy.price_books import PublishedBook
 from proxy.principals import Principals, refusal
 from proxy.settlement import Settler
+from proxy.tiers import offer
 from proxy.wire.request import Request
 
 # How often a copy of account and key is read again that was outdated when the ledger looked.
@@ -92,30 +96,34 @@ class Admission:
         self._limits = limits
 
     async def admit(
-        self,
-        request_id: UUID,
-        *,
-        virtual_key: str | None,
-        principal: Principal,
-        endpoint: Endpoint,
-        request: Request,
-        header: Callable[[bytes], str | None],
+        self, exchange: Exchange, *, principal: Principal, endpoint: Endpoint, request: Request
     ) -> Admitted:
         """Place a hold for the request or raise the error that says why not.
 
-        `principal` is whose key this is as far as is known; the ledger decides. A hold that was
+        `principal` is whose key was sent as far as is known; the ledger decides. A hold that was
         placed is the caller's to settle; where this raises there is none, or its void is under way.
         """
-        plan = self._planner.plan(principal, endpoint, request, header)
+        request_id = exchange.request_id
+        try:
+            plan = await self._plan(exchange, principal, endpoint, request)
+        except (PermissionDeniedError, RequestTooDearError):
+            # It may have been allowed since the copies were made.
+            await self._planner.refresh()
+            principal = await self._principals.authenticate(exchange, fresh=True)
+            plan = await self._plan(exchange, principal, endpoint, request)
         authorization = await self._authorize(request_id, plan)
         for _ in range(_STALE_TRIES):
             if authorization.outcome != "stale":
                 break
-            principal = await self._principals.authenticate(virtual_key, fresh=True)
-            plan = self._planner.plan(principal, endpoint, request, header)
+            await self._planner.refresh()
+            principal = await self._principals.authenticate(exchange, fresh=True)
+            plan = await self._plan(exchange, principal, endpoint, request)
             authorization = await self._authorize(request_id, plan)
         if authorization.outcome in _SHORT_OF_MONEY:
-            await self._narrow(plan, authorization)
+            short = authorization
+            await self._narrow(
+                plan, _funds(short), lambda affordable: _short_of_money(short, plan, affordable)
+            )
             authorization = await self._authorize(request_id, plan)
         if not authorization.is_held:
             raise _refused(authorization, plan)
@@ -132,8 +140,18 @@ class Admission:
             headers=rate_limit_headers(authorization),
         )
 
+    async def _plan(
+        self, exchange: Exchange, principal: Principal, endpoint: Endpoint, request: Request
+    ) -> Plan:
+        """Plan the request within what a single one of this account may cost."""
+        plan = self._planner.plan(principal, endpoint, request, exchange.header)
+        most = principal.terms.max_request_nanos
+        if most is not None and plan.price_nanos > most:
+            await self._narrow(plan, most, lambda affordable: _too_dear(plan, most, affordable))
+        return plan
+
     async def _authorize(self, request_id: UUID, plan: Plan) -> Authorization:
-        principal, request = plan.principal, plan.request
+        principal, request, terms = plan.principal, plan.request, plan.principal.terms
         hold = HoldRequest(
             account_id=principal.account_id,
             request_id=request_id,
@@ -148,6 +166,10 @@ class Admission:
             streamed=request.stream,
             byok=plan.provider_key is not None,
             price_version=plan.published.version,
+            account_requests_per_minute=terms.requests_per_minute,
+            account_tokens_per_minute=terms.tokens_per_minute,
+            account_max_concurrency=terms.max_concurrency,
+            models_version=plan.models_version,
         )
         try:
             return await self._ledger.authorize(hold)
@@ -165,18 +187,22 @@ class Admission:
                 )
             raise
 
-    async def _narrow(self, plan: Plan, authorization: Authorization) -> None:
-        """Count the prompt exactly and, if the client set no limit, clamp the output to fit."""
-        funds = _funds(authorization)
+    async def _narrow(
+        self, plan: Plan, funds: int, refused: Callable[[int | None], TallygateError]
+    ) -> None:
+        """Count the prompt exactly and, if the client set no limit, clamp the output to fit.
+
+        Raises what `refused` makes of the tokens that would be affordable, None if nobody knows.
+        """
         if plan.model.prices is None or plan.provider_key is not None:
-            raise _refused(authorization, plan)
+            raise refused(None)
         plan.input_tokens = await self.count(plan)
         self._planner.set_price(plan)
         if plan.price_nanos <= funds:
             return
         affordable = self._planner.affordable(plan, funds)
         if not self.may_clamp(plan, affordable):
-            raise _refused(authorization, plan, affordable)
+            raise refused(affordable)
         plan.output_limit, plan.is_clamped = affordable, True
         self._planner.set_price(plan)
 
@@ -200,17 +226,48 @@ class Admission:
         return min(counted + others, plan.input_tokens)
 
 
-def _refused(
-    authorization: Authorization, plan: Plan, affordable: int | None = None
-) -> TallygateError:
+def _refused(authorization: Authorization, plan: Plan) -> TallygateError:
     outcome = authorization.outcome
     if outcome in _SHORT_OF_MONEY:
-        return _short_of_money(authorization, plan, affordable)
+        return _short_of_money(authorization, plan, None)
+    error = _refused_otherwise(authorization)
+    if outcome in _RATE_LIMITS and outcome.startswith("account_"):
+        terms = plan.principal.terms
+        offer(error, terms.tier_with_more(outcome.removeprefix("account_")))
+    return error
+
+
+def refused_charge(
+    authorization: Authorization, price_nanos: int, nanos_per_credit: int
+) -> TallygateError:
+    """Say why a charge of a known price has no hold."""
+    if authorization.outcome not in _SHORT_OF_MONEY:
+        return _refused_otherwise(authorization)
+    funds = _funds(authorization)
+    whose = _BUDGETS.get(authorization.outcome)
+    message = (
+        f"This charge takes {credits_text(price_nanos, nanos_per_credit)} credits, and "
+        f"{'the account has' if whose is None else f'this {whose} budget has'} "
+        f"{credits_text(funds, nanos_per_credit)} available. "
+        f"{'Add credits.' if whose is None else 'Raise the budget.'}"
+    )
+    return InsufficientCreditsError(
+        message,
+        code=None if whose is None else authorization.outcome,
+        details={
+            "balance": _money(funds, nanos_per_credit),
+            "required": _money(price_nanos, nanos_per_credit),
+        },
+    )
+
+
+def _refused_otherwise(authorization: Authorization) -> TallygateError:
+    outcome = authorization.outcome
     if outcome in _RATE_LIMITS:
         error = RateLimitError(
             _RATE_LIMITS[outcome],
             details={"limit": outcome},
-            retry_after_s=1 if outcome == "max_concurrency" else _seconds_to_next_minute(),
+            retry_after_s=1 if outcome.endswith("concurrency") else _seconds_to_next_minute(),
         )
         error.headers = rate_limit_headers(authorization)
         return error
@@ -219,11 +276,16 @@ def _refused(
     return refusal(outcome)
 
 
-_SHORT_OF_MONEY = frozenset({"insufficient_credits", "budget_exceeded"})
+_BUDGETS = {"budget_exceeded": "key's", "project_budget_exceeded": "project's"}
+_SHORT_OF_MONEY = frozenset({"insufficient_credits", *_BUDGETS})
 _RATE_LIMITS = {
-    "requests_per_minute": "This key's limit of requests per minute is reached.",
-    "tokens_per_minute": "This key's limit of tokens per minute does not allow this request now.",
-    "max_concurrency": "This key has as many requests under way as it may have at once.",
+    f"{prefix}{limit}": f"This {whose} {text}"
+    for prefix, whose in (("", "key's"), ("account_", "account's"))
+    for limit, text in (
+        ("requests_per_minute", "limit of requests per minute is reached."),
+        ("tokens_per_minute", "limit of tokens per minute does not allow this request now."),
+        ("max_concurrency", "limit of requests under way at once is reached."),
+    )
 }
 
 
@@ -239,26 +301,51 @@ def _short_of_money(
 ) -> InsufficientCreditsError:
     per_credit = plan.published.nanos_per_credit
     funds = _funds(authorization)
-    is_budget = authorization.outcome == "budget_exceeded"
-    what = "this key's budget has" if is_budget else "the account has"
+    whose = _BUDGETS.get(authorization.outcome)
+    what = "the account has" if whose is None else f"this {whose} budget has"
     message = (
         f"This request can cost up to {credits_text(plan.price_nanos, per_credit)} credits, and "
         f"{what} {credits_text(funds, per_credit)} available."
     )
-    limit = (plan.endpoint.output_limits or ("max_tokens",))[-1]
+    limit = _output_limit(plan)
     if affordable and plan.endpoint.output_limits:
         message += f" Set {limit} to at most {affordable}, or add credits."
     else:
-        message += " Raise the budget." if is_budget else " Add credits."
+        message += " Add credits." if whose is None else " Raise the budget."
     return InsufficientCreditsError(
         message,
-        code="budget_exceeded" if is_budget else None,
+        code=None if whose is None else authorization.outcome,
         details={
             "balance": _money(funds, per_credit),
             "required": _money(plan.price_nanos, per_credit),
             "affordable": {limit: affordable or 0},
         },
     )
+
+
+def _too_dear(plan: Plan, most: int, affordable: int | None) -> RequestTooDearError:
+    per_credit = plan.published.nanos_per_credit
+    message = (
+        f"This request can cost up to {credits_text(plan.price_nanos, per_credit)} credits, and "
+        f"one of this account may cost {credits_text(most, per_credit)} at most."
+    )
+    limit = _output_limit(plan)
+    if affordable and plan.endpoint.output_limits:
+        message += f" Set {limit} to at most {affordable}."
+    error = RequestTooDearError(
+        message,
+        details={
+            "maximum": _money(most, per_credit),
+            "required": _money(plan.price_nanos, per_credit),
+            "affordable": {limit: affordable or 0},
+        },
+    )
+    offer(error, plan.principal.terms.tier_with_more("max_request_nanos", plan.price_nanos))
+    return error
+
+
+def _output_limit(plan: Plan) -> str:
+    return (plan.endpoint.output_limits or ("max_tokens",))[-1]
 
 
 def _money(nanos: int, nanos_per_credit: int) -> dict[str, str]:

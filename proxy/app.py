@@ -9,45 +9,79 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pricing.money import nanos_from_credits
 from proxy.accounts import Accounts
+from proxy.admin_keys import AdminKeys
 from proxy.admission import Admission, AdmissionLimits
 from proxy.api.data_plane import DataPlane, is_data_plane
+from proxy.api.protection import Protection
 from proxy.api.routes import make_application
 from proxy.api.services import Services
+from proxy.attempts import FailedAttempts
 from proxy.catalog import Catalog
+from proxy.charges import Charges, ChargeStore, RecurringCharges, RecurringStore
 from proxy.control import LiteLLMControl
 from proxy.db import CONNECTION_ERRORS, Session, make_pool
+from proxy.directory import Directory
 from proxy.errors import ConfigurationError
 from proxy.estimates import Estimator
+from proxy.expiring_credits import CreditSweeper, ExpiringCredits
+from proxy.history import History
 from proxy.intake import Intake
 from proxy.keepalive import KeepAlive
+from proxy.key_uses import KeyUses
+from proxy.keys import Keys
 from proxy.ledger import Ledger
 from proxy.lifeline import die_with_supervisor
 from proxy.log import RequestLog, configure_logging
 from proxy.metering import MeteringPolicy
+from proxy.networks import Addresses
 from proxy.plan import Allowances, Planner
 from proxy.price_books import PriceBooks
 from proxy.principals import Principals
+from proxy.privacy import Privacy
+from proxy.projects import Projects
+from proxy.rates import Rates
 from proxy.relay import Relay
 from proxy.repeats import Repeats
 from proxy.replays import IdempotencyStore, RetryStore
 from proxy.reports import Reports
+from proxy.rollups import Rollups
 from proxy.seals import Sealer
 from proxy.settings import Settings, load_settings
 from proxy.settlement import Settler
 from proxy.spool import Spool
+from proxy.statements import Statements
 from proxy.streaming import StreamLimits, StreamRelay
+from proxy.summaries import Summaries
 from proxy.sweeper import Heartbeat, Sweeper
+from proxy.switches import Switches
+from proxy.trail import Trail
 from proxy.unmetered import Unmetered
 from proxy.upstream import Upstream
+from proxy.webhooks import Delivery, Reach, RetryPolicy, Sender, Watch, WebhookStore
 from proxy.witness import WitnessReports
 
 log = logging.getLogger(__name__)
 
 _PRICE_BOOK_REFRESH_S = 2.0
+# For how long a browser need not ask again whether it may call.
+_PREFLIGHT_S = 600
+_SHOWN_TO_PAGES = [
+    "x-request-id",
+    "request-id",
+    "retry-after",
+    "x-should-retry",
+    "x-tallygate-charge-credits",
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+]
 
 
 def create() -> ASGIApp:
@@ -72,6 +106,7 @@ class Parts:
     services: Services
     settler: Settler
     upstream: Upstream
+    key_uses: KeyUses
     request_log: RequestLog
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]]
 
@@ -98,7 +133,17 @@ def assemble(settings: Settings) -> Parts:
         spool,
         nanos_per_credit=settings.nanos_per_credit,
     )
-    principals = Principals(accounts, cache_s=settings.admission.principal_cache_s)
+    key_uses = KeyUses(pool)
+    protection = _protection(settings)
+    principals = Principals(
+        accounts,
+        key_uses,
+        cache_s=settings.admission.principal_cache_s,
+        tiers=settings.terms,
+        addresses=protection.addresses,
+        attempts=protection.attempts,
+    )
+    switches = Switches(pool)
     catalog = Catalog(control, settings.data_dir / "catalog.json", free_models=settings.free_models)
     price_books = PriceBooks(pool)
     idempotency = IdempotencyStore(
@@ -118,7 +163,7 @@ def assemble(settings: Settings) -> Parts:
         read_timeout_s=limits.read_timeout_s,
         max_connections=limits.max_connections,
     )
-    planner = _planner(settings, catalog, price_books)
+    planner = _planner(settings, catalog, switches, price_books)
     admission = Admission(
         ledger=ledger,
         settler=settler,
@@ -181,20 +226,43 @@ def assemble(settings: Settings) -> Parts:
     unmetered = Unmetered(
         principals=principals,
         catalog=catalog,
+        switches=switches,
         reports=reports,
         upstream=upstream,
         master_key=master_key,
         max_body_bytes=settings.max_body_bytes,
         byok_headers=settings.byok_headers,
     )
+    privacy = Privacy(pool, stall_timeout_s=settings.client_stall_timeout_s)
+    webhooks = WebhookStore(pool)
+    reach = Reach(settings.webhooks.allow_http, settings.webhooks.allow_private)
+    sender = Sender(reach, timeout_s=settings.webhooks.timeout_s)
+    charge_store, recurring_store = ChargeStore(pool), RecurringStore(pool)
+    charges = Charges(charge_store, ledger, settler, price_books)
+    recurring_charges = RecurringCharges(recurring_store, charges, price_books)
+    terms = settings.terms
+    expiring_credits = ExpiringCredits(pool)
+    credit_sweeper = CreditSweeper(
+        expiring_credits, terms.monthly_nanos, interval_s=holds.sweep_interval_s
+    )
     services = Services(
         pool=pool,
         accounts=accounts,
+        directory=Directory(pool),
+        admin_keys=AdminKeys(pool),
+        keys=Keys(pool),
+        projects=Projects(pool),
         ledger=ledger,
+        expiring_credits=expiring_credits,
         reports=reports,
+        trail=Trail(pool),
+        history=History(pool),
+        summaries=Summaries(pool),
+        statements=Statements(pool),
         price_books=price_books,
         principals=principals,
         catalog=catalog,
+        switches=switches,
         control=control,
         relay=relay,
         unmetered=unmetered,
@@ -204,9 +272,18 @@ def assemble(settings: Settings) -> Parts:
             intake=intake, planner=planner, admission=admission, ledger=ledger, reports=reports
         ),
         spool=spool,
+        webhooks=webhooks,
+        webhook_reach=reach,
+        charges=charges,
+        charge_store=charge_store,
+        recurring_charges=recurring_charges,
+        recurring_store=recurring_store,
+        request_log=request_log,
+        protection=protection,
+        privacy=privacy,
         admin_key=_secret(settings.admin_key),
         ops_token=_secret(settings.ops_token),
-        default_tier=settings.default_tier,
+        tiers=terms,
         nanos_per_credit=settings.nanos_per_credit,
         client_stall_timeout_s=settings.client_stall_timeout_s,
     )
@@ -214,24 +291,68 @@ def assemble(settings: Settings) -> Parts:
         services=services,
         settler=settler,
         upstream=upstream,
+        key_uses=key_uses,
         request_log=request_log,
         background=(
             settler.run,
             sweeper.run,
+            credit_sweeper.run,
             Sealer(pool).run,
+            Rollups(pool).run,
             heartbeat.run,
+            key_uses.run,
             keep_alive.run,
             witness.run,
+            recurring_charges.run,
+            _watch(settings, webhooks).run,
+            _delivery(settings, webhooks, sender).run,
+            lambda: privacy.run(after_days=settings.erase_closed_after_days),
             lambda: catalog.run(interval_s=limits.catalog_refresh_s),
             lambda: price_books.run(interval_s=_PRICE_BOOK_REFRESH_S),
         ),
     )
 
 
-def _planner(settings: Settings, catalog: Catalog, price_books: PriceBooks) -> Planner:
+def _watch(settings: Settings, store: WebhookStore) -> Watch:
+    return Watch(
+        store,
+        interval_s=settings.webhooks.watch_interval_s,
+        retention_s=settings.webhooks.retention_days * 86_400,
+    )
+
+
+def _delivery(settings: Settings, store: WebhookStore, sender: Sender) -> Delivery:
+    return Delivery(
+        store,
+        sender,
+        RetryPolicy(
+            first_s=settings.webhooks.retry_s,
+            longest_s=settings.webhooks.retry_max_s,
+            give_up_s=settings.webhooks.give_up_s,
+        ),
+        nanos_per_credit=settings.nanos_per_credit,
+        timeout_s=settings.webhooks.timeout_s,
+    )
+
+
+def _protection(settings: Settings) -> Protection:
+    addresses, limits = Addresses(settings.trusted_proxies), settings.api_limits
+    return Protection(
+        addresses=addresses,
+        attempts=FailedAttempts(limits.failures_per_minute, addresses),
+        account_rates=Rates(limits.account_per_minute),
+        admin_rates=Rates(limits.admin_per_minute),
+        hsts_max_age_s=settings.hsts_max_age_s,
+    )
+
+
+def _planner(
+    settings: Settings, catalog: Catalog, switches: Switches, price_books: PriceBooks
+) -> Planner:
     admission = settings.admission
     return Planner(
         catalog,
+        switches,
         price_books,
         Allowances(
             default_hold_nanos=nanos_from_credits(
@@ -268,13 +389,30 @@ def make_app(settings: Settings) -> ASGIApp:
             await services.witness.drain()
             # uvicorn has waited for the requests; what they queued is made durable here.
             await parts.settler.drain()
+            await parts.key_uses.flush()
             await services.ledger.close()
             await parts.upstream.close()
             await services.control.close()
             await services.pool.close()
             parts.request_log.flush()
 
-    return _Front(DataPlane(services), make_application(services, lifespan))
+    front = _Front(DataPlane(services), make_application(services, lifespan))
+    return _open_to_browsers(front, settings.cors.allowed_origins)
+
+
+def _open_to_browsers(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let pages of these origins call every plane; with none, nothing stands in between."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        # Keys come in headers, and SDKs send a dozen of their own. Cookies are not a thing here.
+        allow_headers=["*"],
+        expose_headers=_SHOWN_TO_PAGES,
+        max_age=_PREFLIGHT_S,
+    )
 
 
 class _Front:

@@ -37,6 +37,8 @@ class Model:
     mode: str | None
     provider: str | None
     has_one_deployment: bool = True
+    # All of them, also where `provider` is None.
+    providers: frozenset[str] = frozenset()
     deployments: Mapping[str, ModelPrices | None] = field(
         default_factory=dict[str, ModelPrices | None]
     )
@@ -146,6 +148,7 @@ def _model(
     infos = [info for info, _ in deployments]
     prices = [_prices(name, info, may_be_free=may_be_free) for info in infos]
     providers = {_provider(info, params) for info, params in deployments}
+    known_providers = frozenset(provider for provider in providers if provider is not None)
     return Model(
         name=name,
         prices=merge_ceiling(prices),
@@ -154,6 +157,7 @@ def _model(
         mode=next((str(info["mode"]) for info in infos if info.get("mode")), None),
         provider=providers.pop() if len(providers) == 1 else None,
         has_one_deployment=len(infos) == 1,
+        providers=known_providers,
         deployments={
             str(info["id"]): own for info, own in zip(infos, prices, strict=True) if "id" in info
         },

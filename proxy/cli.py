@@ -23,8 +23,9 @@ import msgspec
 from pydantic import SecretStr
 
 from pricing.errors import PricingError
-from proxy.accounts import KeyLimits
 from proxy.commands_audit import add_audit
+from proxy.commands_keys import add_key
+from proxy.commands_price_books import add_price_book
 from proxy.commands_reconcile import add_reconcile
 from proxy.commands_rejected import add_rejected
 from proxy.commands_reviews import add_review
@@ -175,7 +176,7 @@ def _serve(_arguments: argparse.Namespace, settings: Settings) -> int:
     serve(
         database_url=_checked_url(settings.database_url.get_secret_value()),
         nanos_per_credit=settings.nanos_per_credit,
-        price_book=settings.price_book,
+        price_book=settings.whole_price_book,
         is_price_book_packaged=settings.is_packaged,
         data_dir=settings.data_dir,
         host=settings.host,
@@ -254,7 +255,7 @@ def _service_checks(settings: Settings) -> list["Check"]:
     checks: list[doctor.Check] = []
     expected = doctor.LedgerExpectations(
         nanos_per_credit=settings.nanos_per_credit,
-        price_book=settings.price_book,
+        price_book=settings.whole_price_book,
         sweep_grace_s=settings.holds.sweep_grace_s,
     )
     try:
@@ -286,15 +287,16 @@ def _content(path: Path) -> str | None:
 
 def _administer(
     act: Callable[["Administration", argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]],
+    lines: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> Callable[[argparse.Namespace, Settings], int]:
-    """Make a command of something that `Administration` does."""
+    """Make a command of something that `Administration` does, shown by `lines` or as a table."""
 
     def run(arguments: argparse.Namespace, settings: Settings) -> int:
         from proxy.administration import NotDoneError, administration
 
         async def work() -> dict[str, Any]:
             url = _database_url(settings)
-            async with administration(url, settings.nanos_per_credit) as opened:
+            async with administration(url, settings.nanos_per_credit, settings.terms) as opened:
                 return await act(opened, arguments)
 
         if getattr(arguments, "tier", "") is None:
@@ -303,7 +305,7 @@ def _administer(
             document = asyncio.run(work())
         except NotDoneError as error:
             return _complain(str(error), 1)
-        _show(arguments, document, _lines(document))
+        _show(arguments, document, (lines or _lines)(document))
         return 0
 
     return run
@@ -334,18 +336,6 @@ def _flat(document: Mapping[str, Any]) -> dict[str, object]:
     return flat
 
 
-def _key_limits(arguments: argparse.Namespace) -> KeyLimits:
-    expires_in: timedelta | None = arguments.expires_in
-    return KeyLimits(
-        expires_at=None if expires_in is None else datetime.now(UTC) + expires_in,
-        allowed_models=arguments.models,
-        requests_per_minute=arguments.rpm,
-        tokens_per_minute=arguments.tpm,
-        max_concurrency=arguments.max_concurrency,
-        budget_period=arguments.budget_period,
-    )
-
-
 # -------------------------------------------------------------------------------------------------
 # The command line
 # -------------------------------------------------------------------------------------------------
@@ -364,14 +354,6 @@ def _positive(text: str) -> int:
         msg = f"{text!r} is no whole number above 0"
         raise argparse.ArgumentTypeError(msg)
     return int(text)
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        msg = "name at least one model, or leave it out for all of them"
-        raise argparse.ArgumentTypeError(msg)
-    return names
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -415,9 +397,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--kept", type=Path, metavar="FILE", help="the seals that you keep")
     _add_account(commands, add)
-    _add_key(commands, add)
+    add_key(commands, add, _administer, duration=_duration, positive=_positive)
     add_review(commands, add, _administer, duration=_duration, positive=_positive)
     add_reconcile(commands, add, database_url=_database_url, show=_show, complain=_complain)
+    add_price_book(commands, add, _administer)
     add_rejected(
         commands, add, database_url=_database_url, show=_show, lines=_lines, complain=_complain
     )
@@ -435,7 +418,7 @@ def _add_account(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         "make an account",
     )
     create.add_argument("name")
-    create.add_argument("--tier", help="what the price book calls it (default_tier)")
+    create.add_argument("--tier", help="one of the configuration's (default_tier)")
     create.add_argument("--credits", help="grant these at once")
     add(group, "list", _administer(lambda on, _: on.list_accounts()), "list all accounts")
     grant = add(
@@ -450,50 +433,6 @@ def _add_account(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
     grant.add_argument("credits")
     grant.add_argument("--reason", default="granted from the command line")
     grant.add_argument("--reference", help="a name under which it is granted only once")
-
-
-def _add_key(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None:  # noqa: ANN401
-    group = commands.add_parser("key", help="virtual keys").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    create = add(
-        group,
-        "create",
-        _administer(
-            lambda on, a: on.create_key(
-                a.account_id, a.name, _key_limits(a), budget_credits=a.budget_credits
-            )
-        ),
-        "make a key and show it, this once",
-    )
-    create.add_argument("account_id", type=UUID)
-    create.add_argument("name")
-    create.add_argument("--budget-credits", help="what it may spend in a budget period")
-    create.add_argument("--budget-period", choices=("day", "month", "total"), default="total")
-    create.add_argument("--rpm", type=_positive, help="requests a minute")
-    create.add_argument("--tpm", type=_positive, help="tokens a minute")
-    create.add_argument("--max-concurrency", type=_positive, help="requests at a time")
-    create.add_argument("--models", type=_names, help="the only models it may use: a,b")
-    create.add_argument("--expires-in", type=_duration, help="a duration such as 12h or 30d")
-    listing = add(
-        group, "list", _administer(lambda on, a: on.list_keys(a.account_id)), "list its keys"
-    )
-    listing.add_argument("account_id", type=UUID)
-    revoke = add(
-        group,
-        "revoke",
-        _administer(lambda on, a: on.revoke_key(a.account_id, a.key_id)),
-        "revoke a key, at once",
-    )
-    rotate = add(
-        group,
-        "rotate",
-        _administer(lambda on, a: on.rotate_key(a.account_id, a.key_id)),
-        "make a key like another, and revoke that one",
-    )
-    for command in (revoke, rotate):
-        command.add_argument("account_id", type=UUID)
-        command.add_argument("key_id", type=UUID)
 
 
 if __name__ == "__main__":

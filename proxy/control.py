@@ -1,6 +1,6 @@
 """LiteLLM's control endpoints: models and prices, token counts, liveness. Never a customer's call.
 
-The one module that speaks httpx; everything customers wait for goes over `upstream`.
+It speaks httpx, as webhooks do; everything customers wait for goes over `upstream`.
 """
 
 from typing import Any

@@ -2,6 +2,7 @@
 
     TallygateError
       InvalidRequestError          400  invalid_request_error
+        RequestTooDearError        400  max_request_credits
       AuthenticationError          401  invalid_api_key
       InvalidProviderKeyError      401  invalid_provider_key       (BYOK only)
       InsufficientCreditsError     402  insufficient_credits
@@ -89,6 +90,12 @@ class InvalidRequestError(TallygateError):
     type = "invalid_request_error"
     code = "invalid_request"
     retryable = False
+
+
+class RequestTooDearError(InvalidRequestError):
+    """The request can cost more than a single one of the account may."""
+
+    code = "max_request_credits"
 
 
 class AuthenticationError(TallygateError):

@@ -72,6 +72,8 @@ class Estimator:
         """Read a call's body and say what it would cost; raises what the call would raise."""
         asked = await self._intake.read(exchange, endpoint)
         try:
+            # No authorization follows that would find an old copy out.
+            await self._planner.refresh()
             plan = self._planner.plan(principal, endpoint, asked.request, exchange.header)
         finally:
             asked.close()
@@ -79,6 +81,8 @@ class Estimator:
         available = 0 if balance is None else balance.available
         budget_left = await self._reports.budget_left(principal.account_id, principal.key_id)
         funds = available if budget_left is None else min(available, budget_left)
+        if principal.terms.max_request_nanos is not None:
+            funds = min(funds, principal.terms.max_request_nanos)
         ceiling_nanos, input_tokens = plan.price_nanos, plan.input_tokens
         counted = await self._admission.count(plan)
         affordable = None

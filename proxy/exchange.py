@@ -51,6 +51,7 @@ class Exchange:
         self.request_text = str(self.request_id)
         # The first of several equal names counts, as it does for the SDKs' own servers.
         self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self._client: tuple[str, int] | None = scope.get("client")
         self.status: int | None = None
         self.is_streaming = False
         self.is_gone = False
@@ -65,6 +66,11 @@ class Exchange:
         """Return a request header by its lower-case name."""
         value = self._headers.get(name)
         return None if value is None else value.decode("latin-1")
+
+    @property
+    def peer(self) -> str | None:
+        """The address of whoever connected to us, which may be a proxy."""
+        return None if self._client is None else self._client[0]
 
     @property
     def virtual_key(self) -> str | None:

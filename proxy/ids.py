@@ -6,12 +6,15 @@ database hears of it, so that a repeated call is known as a replay.
 
 import os
 import time
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from uuid import UUID
 
 _VERSION = 0x7 << 76
 _VARIANT = 0x2 << 62
 _RANDOM_BITS = (1 << 62) - 1
 _NANOS_PER_MILLISECOND = 1_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def uuid7() -> UUID:
@@ -24,3 +27,15 @@ def uuid7() -> UUID:
     fraction = (nanos << 12) // _NANOS_PER_MILLISECOND
     random = int.from_bytes(os.urandom(8), "big") & _RANDOM_BITS
     return UUID(int=milliseconds << 80 | _VERSION | fraction << 64 | _VARIANT | random)
+
+
+def first_uuid7(moment: datetime) -> UUID:
+    """Return the least id of a time, which is not before 1970; `uuid_floor` of schema.sql."""
+    return UUID(int=(moment - _EPOCH) // timedelta(milliseconds=1) << 80)
+
+
+def derived_uuid7(moment: datetime, name: str) -> UUID:
+    """Make the uuidv7 of a time from 1970 on and a name: the same whenever it is asked for."""
+    digest = int.from_bytes(sha256(name.encode()).digest()[:10])
+    fraction, random = digest >> 68, digest & _RANDOM_BITS
+    return UUID(int=first_uuid7(moment).int | _VERSION | fraction << 64 | _VARIANT | random)

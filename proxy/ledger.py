@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _HELD = frozenset({"held", "exists"})
 
 
-class HoldRequest(msgspec.Struct, frozen=True):
+class HoldRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request that asks for a hold; amounts in nano-USD."""
 
     account_id: UUID
@@ -41,6 +41,12 @@ class HoldRequest(msgspec.Struct, frozen=True):
     streamed: bool
     byok: bool
     price_version: int
+    # What the account may do as a whole; None for no limit.
+    account_requests_per_minute: int | None = None
+    account_tokens_per_minute: int | None = None
+    account_max_concurrency: int | None = None
+    # The version of the switches by which the model is on; None where no model is asked for.
+    models_version: int | None = None
 
 
 class Authorization(msgspec.Struct, frozen=True):
@@ -98,6 +104,8 @@ class Settlement(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     # What our own rating says, to be compared with the reported cost; None where it can't say.
     rated_picos: int | None = None
     answer_id: str | None = None
+    # How many of a metered action.
+    quantity: int | None = None
 
 
 class WitnessNote(msgspec.Struct, frozen=True):

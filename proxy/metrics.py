@@ -85,6 +85,9 @@ IN_FLIGHT = Gauge(
     "tallygate_requests_in_flight", "Requests being relayed", multiprocess_mode="livesum"
 )
 HOLDS_EXPIRED = Counter("tallygate_holds_expired", "Holds that the sweeper gave up on")
+WEBHOOK_ATTEMPTS = Counter(
+    "tallygate_webhook_attempts", "Attempts to deliver a webhook by what came of them", ["outcome"]
+)
 REPLAYS = Counter("tallygate_replays", "Answers given again, uncharged", ["store"])
 REPLAY_STORE_BYTES = Gauge(
     "tallygate_replay_store_bytes",
@@ -165,6 +168,9 @@ SCRAPED_GAUGES = {
     "tallygate_misplaced_rows": "Rows that fit no month's partition, counted up to 10,000",
     "tallygate_audit_last_clean_timestamp_seconds": "When an audit found nothing; 0: never",
     "tallygate_audit_findings": "Violations that the newest audit found",
+    "tallygate_webhooks_pending": "Webhooks that wait for a receiver, or for their turn",
+    "tallygate_webhooks_oldest_seconds": "Since the one that has waited longest was queued",
+    "tallygate_webhooks_failed": "Webhooks that nobody took in time, and that are not forgotten",
     "tallygate_spool_bytes": "Settlements on this machine's disk that wait for PostgreSQL",
     "tallygate_settlements_rejected_waiting": "Settlements that wait for a human",
 }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from uuid import UUID
 
 # What an operation of the admin API needs: to look; to help customers (accounts, keys, projects);
 # to move money and set prices; to run the service itself (admin keys, models, webhooks, erasure).
@@ -15,6 +16,9 @@ ROLES: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 
+# Whoever holds the key of the settings, by name.
+OWNER_NAME = "admin"
+
 
 @dataclass(frozen=True, slots=True)
 class Operator:
@@ -22,7 +26,13 @@ class Operator:
 
     name: str
     role: str
+    # None for the key of the settings.
+    admin_key_id: UUID | None = None
 
     def may(self, needs: str) -> bool:
         """Whether the role allows what an operation needs."""
         return needs in ROLES[self.role]
+
+    def may_give(self, role: str) -> bool:
+        """Whether the role holds all that another one does: nobody makes a key above the own."""
+        return ROLES[role] <= ROLES[self.role]

@@ -23,7 +23,8 @@ from proxy.errors import (
     UpstreamUnavailableError,
 )
 from proxy.price_books import PriceBooks, PublishedBook
-from proxy.principals import may_use_model
+from proxy.principals import check_model, may_use_endpoint
+from proxy.switches import Switches
 from proxy.wire.request import Request
 
 # A model of which nobody says how long its answers, or its prompts, can be.
@@ -65,6 +66,8 @@ class Plan:
     classes: frozenset[TokenClass]
     input_tokens: int
     output_limit: int
+    # Of the switches by which the model is on.
+    models_version: int
     price_nanos: int = 0
     is_clamped: bool = False
 
@@ -91,11 +94,13 @@ class Planner:
     def __init__(
         self,
         catalog: Catalog,
+        switches: Switches,
         price_books: PriceBooks,
         allowances: Allowances,
         byok_headers: Mapping[str, str],
     ) -> None:
         self._catalog = catalog
+        self._switches = switches
         self._price_books = price_books
         self._allowances = allowances
         self._byok_headers = [
@@ -110,7 +115,11 @@ class Planner:
         header: Callable[[bytes], str | None],
     ) -> Plan:
         """Find model, rule and ceiling; raises what the customer hears where that can't be."""
+        check_endpoint(principal, endpoint)
         model = self._find_model(principal, request.model)
+        switched = self._switches.current
+        if switched.switches:
+            switched.check(model.name, model.providers)
         provider_key = choose_provider_key(header, self._byok_headers, model.provider)
         if provider_key is not None and not endpoint.takes_provider_key:
             raise InvalidRequestError(
@@ -131,9 +140,14 @@ class Planner:
             classes=_CLASSES[request.has_audio, request.has_images],
             input_tokens=self._input_tokens(model, request),
             output_limit=_output_limit(model, request),
+            models_version=switched.version,
         )
         self.set_price(plan)
         return plan
+
+    async def refresh(self) -> None:
+        """Learn which models are off; MeteringUnavailableError where the database is away."""
+        await self._switches.refresh()
 
     def set_price(self, plan: Plan) -> None:
         """Reckon the most that the request can be sold for."""
@@ -187,9 +201,7 @@ class Planner:
         if model is None and not self._catalog.is_known:
             msg = "The list of models is not known yet, because the model service is away."
             raise UpstreamUnavailableError(msg, retry_after_s=2)
-        if not may_use_model(principal, name):
-            msg = f"This API key may not use the model {name!r}. GET /v1/models lists what it may."
-            raise PermissionDeniedError(msg, code="model_not_allowed", param="model")
+        check_model(principal, name, is_known=model is not None)
         if model is None:
             msg = f"The model {name!r} does not exist here. GET /v1/models lists those that do."
             raise NotFoundError(msg, code="model_not_found", param="model")
@@ -210,6 +222,13 @@ class Planner:
         if model.max_input_tokens is not None and not request.is_batch:
             tokens = min(tokens, model.max_input_tokens)
         return tokens
+
+
+def check_endpoint(principal: Principal, endpoint: Endpoint) -> None:
+    """Refuse what the key may not be used for: PermissionDeniedError."""
+    if not may_use_endpoint(principal, endpoint.name):
+        msg = f"This API key may not be used for {endpoint.path}."
+        raise PermissionDeniedError(msg, code="endpoint_not_allowed")
 
 
 def _check_tier(model: Model, service_tier: str | None) -> None:

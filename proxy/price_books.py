@@ -218,6 +218,15 @@ class PriceBooks:
         self._current = found
         return found
 
+    async def next_scheduled(self) -> int | None:
+        """Read the version that comes into force next; None where none is to."""
+        rows = await self._rows(
+            "SELECT version FROM price_books WHERE valid_from > clock_timestamp()"
+            " AND version = price_book_at(valid_from) ORDER BY valid_from LIMIT 1",
+            (),
+        )
+        return rows[0]["version"] if rows else None
+
     async def _seconds_to_next(self) -> float | None:
         """How long until another version's time comes; None where none is to come."""
         rows = await self._rows(

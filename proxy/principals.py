@@ -6,11 +6,18 @@ the hold, so that a revoked key is refused on the very next request all the same
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from proxy.accounts import KEY_PREFIX, Accounts, Principal, hash_key
+from proxy.attempts import FailedAttempts
 from proxy.db import CONNECTION_ERRORS, unavailable
 from proxy.errors import AuthenticationError, PermissionDeniedError
+from proxy.exchange import Exchange
+from proxy.key_uses import KeyUses
+from proxy.networks import Addresses, is_within
+from proxy.tiers import Tiers, offer
 
 # A cap on memory, not a policy: beyond it the copies are dropped and read again.
 _MAX_COPIES = 50_000
@@ -19,17 +26,34 @@ _MAX_COPIES = 50_000
 class Principals:
     """Authenticates virtual keys."""
 
-    def __init__(self, accounts: Accounts, *, cache_s: float) -> None:
+    def __init__(
+        self,
+        accounts: Accounts,
+        uses: KeyUses,
+        *,
+        cache_s: float,
+        tiers: Tiers,
+        addresses: Addresses,
+        attempts: FailedAttempts,
+    ) -> None:
         self._accounts = accounts
+        self._used = uses.seen
         self._cache_s = cache_s
+        self._tiers = tiers
+        self._addresses = addresses
+        self._attempts = attempts
         self._copies: dict[bytes, tuple[float, Principal]] = {}
 
-    async def authenticate(self, key: str | None, *, fresh: bool = False) -> Principal:
-        """Return the key's principal; `fresh` asks the database whatever is cached.
+    async def authenticate(
+        self, exchange: Exchange, *, needs: str = "use", fresh: bool = False
+    ) -> Principal:
+        """Return whose key was sent; `needs` is what the key must be good for (`ROLES`).
 
-        For requests that the ledger does not authorize itself, `fresh` must be true. Raises
-        AuthenticationError, PermissionDeniedError or MeteringUnavailableError.
+        `fresh` asks the database whatever is cached: it must be true for requests that the ledger
+        does not authorize itself. Raises AuthenticationError, PermissionDeniedError or
+        MeteringUnavailableError.
         """
+        key = exchange.virtual_key
         if not key:
             msg = (
                 "No API key was sent. Send your Tallygate key as 'Authorization: Bearer sk-…' or "
@@ -40,13 +64,46 @@ class Principals:
         now = time.monotonic()
         if not fresh:
             copy = self._copies.get(key_hash)
-            if copy is not None and copy[0] > now:
+            # What a copy refuses may be allowed by now; what it allows, the ledger checks again.
+            if (
+                copy is not None
+                and copy[0] > now
+                and self._misuse(copy[1], exchange, needs) is None
+            ):
+                self._used[copy[1].key_id] = (copy[1].account_id, now)
                 return copy[1]
-        principal = await self._read(key, key_hash)
+        # A key that was good a while ago is nobody's guess.
+        if key_hash not in self._copies:
+            self._attempts.check(exchange)
+        try:
+            principal = await self._read(key, key_hash)
+        except AuthenticationError:
+            self._attempts.note(exchange)
+            raise
         if len(self._copies) >= _MAX_COPIES:
             self._copies.clear()
         self._copies[key_hash] = (now + self._cache_s, principal)
+        misuse = self._misuse(principal, exchange, needs)
+        if misuse is not None:
+            raise misuse
+        self._used[principal.key_id] = (principal.account_id, now)
         return principal
+
+    def _misuse(
+        self, principal: Principal, exchange: Exchange, needs: str
+    ) -> PermissionDeniedError | None:
+        if not principal.may(needs):
+            message = (
+                f"A key with the role {principal.role!r} may not do this. Use a key with the role "
+                f"{'manage' if needs == 'manage' else 'inference'!r}."
+            )
+            return PermissionDeniedError(message)
+        if principal.allowed_networks is not None:
+            address = self._addresses.of(exchange.peer, exchange.header(b"x-forwarded-for"))
+            if not is_within(address, principal.allowed_networks):
+                message = f"This API key may not be used from {address or 'where you are'}."
+                return PermissionDeniedError(message, code="network_not_allowed")
+        return None
 
     async def _read(self, key: str, key_hash: bytes) -> Principal:
         self._copies.pop(key_hash, None)
@@ -64,7 +121,7 @@ class Principals:
             raise refusal("key_expired")
         if principal.account_status != "active":
             raise refusal(f"account_{principal.account_status}")
-        return principal
+        return replace(principal, terms=self._tiers.of(principal.tier, principal.overrides))
 
 
 def refusal(outcome: str) -> AuthenticationError | PermissionDeniedError:
@@ -84,6 +141,29 @@ def refusal(outcome: str) -> AuthenticationError | PermissionDeniedError:
 
 
 def may_use_model(principal: Principal, model: str) -> bool:
-    """Whether the key's list of models, which may hold patterns such as gpt-*, has this one."""
-    patterns = principal.allowed_models
-    return patterns is None or any(fnmatchcase(model, pattern) for pattern in patterns)
+    """Whether the key's models and its tier's, which may be patterns such as gpt-*, have this."""
+    return _is_among(principal.allowed_models, model) and principal.terms.has_model(model)
+
+
+def check_model(principal: Principal, model: str, *, is_known: bool) -> None:
+    """Refuse a model that the key or the account may not use: PermissionDeniedError.
+
+    Where another tier has it, the error says which; `is_known` is whether there is such a model.
+    """
+    if not _is_among(principal.allowed_models, model):
+        msg = f"This API key may not use the model {model!r}. GET /v1/models lists what it may."
+        raise PermissionDeniedError(msg, code="model_not_allowed", param="model")
+    if not principal.terms.has_model(model):
+        msg = f"This account, of the tier {principal.tier!r}, may not use the model {model!r}."
+        error = PermissionDeniedError(msg, code="model_not_allowed", param="model")
+        offer(error, principal.terms.tier_with_model(model) if is_known else None)
+        raise error
+
+
+def may_use_endpoint(principal: Principal, name: str) -> bool:
+    """Whether the key's endpoints, which may be patterns such as audio.*, have this one."""
+    return _is_among(principal.allowed_endpoints, name)
+
+
+def _is_among(patterns: Sequence[str] | None, name: str) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pricing.markup import Charge, byok_charge, charge
-from pricing.price_book import Rule
+from pricing.errors import PricingError
+from pricing.markup import Charge, action_charge, byok_charge, charge
+from pricing.price_book import PriceBook, Rule
 from pricing.usage import Usage
 
 # The rule of a price that an operator set.
 BY_HAND = "review"
+
+# The endpoint of metered actions, whose model is the action.
+CHARGES = "charges"
 
 _COUNTS = tuple(Usage.__slots__)
 
@@ -31,3 +35,11 @@ def charge_of(row: Mapping[str, Any], rule: Rule, nanos_per_credit: int) -> Char
     return charge(
         rule, cost_picos=cost_picos, usage=usage_of(row), nanos_per_credit=nanos_per_credit
     )
+
+
+def action_of(row: Mapping[str, Any], book: PriceBook, nanos_per_credit: int) -> Charge:
+    """Price a metered action anew; raises PricingError where that can't be done."""
+    action: str = row["model"]
+    if row["quantity"] is None or action not in book.action_nanocredits:
+        raise PricingError("its version of the price book has no such action, or it no quantity")
+    return action_charge(book, action, quantity=row["quantity"], nanos_per_credit=nanos_per_credit)

@@ -85,27 +85,21 @@ class Relay:
         asked: Asked | None = None
         metrics.OBSERVER.begin()
         try:
-            key = exchange.virtual_key
-            principal = await self._principals.authenticate(key)
+            principal = await self._principals.authenticate(exchange)
             asked = await self._intake.read(exchange, endpoint)
             if asked.request.continues is not None:
                 await self._check_ownership(principal, asked.request.continues)
             repeat = await self._repeats.begin(exchange, principal, endpoint.name, asked.identity)
             if repeat.answer is not None:
                 # No hold is asked for, so nothing else would notice a key that was revoked.
-                await self._principals.authenticate(key, fresh=True)
+                await self._principals.authenticate(exchange, fresh=True)
                 await exchange.respond(
                     repeat.answer.status, repeat.answer.body, repeat.answer.headers
                 )
                 return
             try:
                 admitted = await self._admission.admit(
-                    exchange.request_id,
-                    virtual_key=key,
-                    principal=principal,
-                    endpoint=endpoint,
-                    request=asked.request,
-                    header=exchange.header,
+                    exchange, principal=principal, endpoint=endpoint, request=asked.request
                 )
                 model = admitted.model.name
                 call = Call(exchange=exchange, admitted=admitted, repeat=repeat, started=started)

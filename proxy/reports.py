@@ -1,4 +1,4 @@
-"""Read-only queries on usage, entries, reviews, the audit trail and price books; newest first.
+"""Read-only queries on usage, entries, reviews and the audit trail; newest first.
 
 A page begins after a cursor, which is the last key of the page before, so that rows that arrive
 meanwhile shift nothing. Amounts are as in `schema.sql`: integers of nano-USD.
@@ -19,11 +19,11 @@ Row = dict[str, Any]
 
 # Above every key, for the page that begins at the newest row.
 _LAST_UUID = UUID(int=2**128 - 1)
-_LAST_INTEGER = 2**63 - 1
 _PING_TIMEOUT_S = 2.0
 _OPERATIONS_TIMEOUT_S = 5.0
 
-_USAGE: LiteralString = (
+# Requests that ended and pending ones, with every column.
+USAGE_ROWS: LiteralString = (
     "SELECT account_id, request_id, key_id, created_at, settled_at, endpoint, model,"
     " model_answered, tier, streamed, byok, status, input_tokens, cached_input_tokens,"
     " cache_creation_tokens, cache_creation_1h_tokens, output_tokens, reasoning_tokens,"
@@ -73,13 +73,6 @@ class Reports:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def usage(self, account_id: UUID, *, before: UUID | None, limit: int) -> list[Row]:
-        """Read an account's requests, those that are pending included; cursor: request_id."""
-        return await self._rows(
-            _USAGE + " WHERE account_id = %s AND request_id < %s ORDER BY request_id DESC LIMIT %s",
-            (account_id, before or _LAST_UUID, limit),
-        )
-
     async def requests(self, keys: Sequence[tuple[UUID, UUID]]) -> list[Row]:
         """Read requests by (account_id, request_id), pending ones included, in no order.
 
@@ -87,7 +80,7 @@ class Reports:
         """
         accounts, requests = [key[0] for key in keys], [key[1] for key in keys]
         return await self._rows(
-            _USAGE + " JOIN unnest(%s::uuid[], %s::uuid[]) AS k (owner, wanted)"
+            USAGE_ROWS + " JOIN unnest(%s::uuid[], %s::uuid[]) AS k (owner, wanted)"
             " ON account_id = k.owner AND request_id = k.wanted",
             (accounts, requests),
         )
@@ -96,7 +89,8 @@ class Reports:
         """Read one request with what a receipt needs; None where the account has no such.
 
         Beside the columns of usage: `document` and `nanos_per_credit` of its version of the price
-        book, None where there is no such, and `entries`, the request's ledger entries in order.
+        book, None where there is no such, `refunded` in nano-USD, and `entries`, the request's
+        ledger entries in order.
         """
         async with (
             self._pool.connection() as connection,
@@ -106,7 +100,7 @@ class Reports:
             # One moment for both: a hold that ends between them would be pending and captured.
             await cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             key = (account_id, request_id)
-            await cursor.execute(_USAGE + " WHERE account_id = %s AND request_id = %s", key)
+            await cursor.execute(USAGE_ROWS + " WHERE account_id = %s AND request_id = %s", key)
             row = await cursor.fetchone()
             if row is None:
                 return None
@@ -115,12 +109,14 @@ class Reports:
                 (row["price_version"],),
             )
             book = await cursor.fetchone() or {"document": None, "nanos_per_credit": None}
+            await cursor.execute("SELECT refunded(%s, %s)", key)
+            (refunded,) = await cursor.fetchall()
             await cursor.execute(
                 "SELECT seq, phase, kind, amount, posted_delta, reserved_delta, at FROM entries"
                 " WHERE account_id = %s AND request_id = %s ORDER BY phase",
                 key,
             )
-            return {**row, **book, "entries": await cursor.fetchall()}
+            return {**row, **book, **refunded, "entries": await cursor.fetchall()}
 
     async def model_of_answer(self, account_id: UUID, answer_id: str) -> str | None:
         """Return the model of a stored response of this account; None where it has none such.
@@ -171,21 +167,12 @@ class Reports:
         )
         return rows[0]["budget_left"] if rows else None
 
-    async def entries(self, account_id: UUID, *, before: int | None, limit: int) -> list[Row]:
-        """Read an account's ledger entries; cursor: seq."""
-        return await self._rows(
-            "SELECT request_id, phase, kind, seq, amount, posted_delta, reserved_delta,"
-            " posted_after, reserved_after, reason, reference, at FROM entries"
-            " WHERE account_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s",
-            (account_id, _LAST_INTEGER if before is None else before, limit),
-        )
-
     async def reviews(
         self, wanted: ReviewFilter = _ANY_REVIEW, *, before: UUID | None, limit: int
     ) -> list[Row]:
         """Read the requests that wait for an operator; cursor: request_id."""
         return await self._rows(
-            _USAGE + " WHERE review_reason IS NOT NULL AND resolved_at IS NULL"
+            USAGE_ROWS + " WHERE review_reason IS NOT NULL AND resolved_at IS NULL"
             " AND request_id < %(before)s"
             " AND (%(reason)s::text IS NULL OR review_reason = %(reason)s)"
             " AND (%(account_id)s::uuid IS NULL OR account_id = %(account_id)s)"
@@ -211,22 +198,6 @@ class Reports:
             " FROM usage WHERE review_reason IS NOT NULL AND resolved_at IS NULL"
             " GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2",
             (),
-        )
-
-    async def audit_trail(self, *, before: UUID | None, limit: int) -> list[Row]:
-        """Read what operators did; cursor: event_id, which is a uuidv7 as well."""
-        return await self._rows(
-            "SELECT account_id, event_id, at, actor, action, detail FROM audit_trail"
-            " WHERE event_id < %s ORDER BY event_id DESC LIMIT %s",
-            (before or _LAST_UUID, limit),
-        )
-
-    async def price_books(self, *, before: int | None, limit: int) -> list[Row]:
-        """Read the price books; cursor: version."""
-        return await self._rows(
-            "SELECT version, valid_from, document, nanos_per_credit, published_by"
-            " FROM price_books WHERE version < %s ORDER BY version DESC LIMIT %s",
-            (_LAST_INTEGER if before is None else before, limit),
         )
 
     async def operations(self) -> Operations | None:

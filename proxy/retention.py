@@ -22,6 +22,7 @@ OBSTACLES = {
     "misplaced_rows": "the default partitions have rows: `tallygate doctor`",
     "unaudited": "the newest audit found something, or there was none: `tallygate audit`",
     "unsealed": "some of its entries are not sealed: `tallygate audit --seal`",
+    "not_rolled_up": "its usage is not summed up yet: the service does that while it runs",
     "busy": "a long report, a dump or a reprice is in the way: again later",
 }
 

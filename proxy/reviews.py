@@ -23,7 +23,7 @@ from proxy.metrics import (
     SOLD_CREDITS,
     SOLD_USD,
 )
-from proxy.recompute import BY_HAND, charge_of
+from proxy.recompute import BY_HAND, CHARGES, charge_of
 from proxy.reports import Reports, Row
 
 # How often a row that is completed meanwhile is read again. It is completed once.
@@ -129,6 +129,8 @@ def _terms(row: Mapping[str, Any], decision: Decision) -> _Terms:
     if decision.cost_picos is None:
         # What it cost stays as it is known, which may be not at all.
         return _Terms(decision.price_nanos, 0, BY_HAND)
+    if row["endpoint"] == CHARGES:
+        raise PricingError("no provider takes anything for a metered action")
     if row["document"] is None:
         version = row["price_version"]
         raise PricingError(f"version {version} of the price book does not exist: name a price")

@@ -5,10 +5,12 @@ Only `app` and `cli` read this; every other module gets plain arguments.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import yaml
 from pydantic import (
@@ -28,6 +30,7 @@ from pydantic_settings import (
 )
 
 from proxy.errors import ConfigurationError
+from proxy.tiers import Tiers
 
 
 def _decimal_text(value: object) -> str:
@@ -45,6 +48,29 @@ def _decimal_text(value: object) -> str:
 
 
 DecimalText = Annotated[str, BeforeValidator(_decimal_text)]
+
+
+def _network_text(value: object) -> str:
+    text = str(value)
+    try:
+        return str(ip_network(text))
+    except ValueError as error:
+        msg = f"{error}: write a network such as 10.0.0.0/8"
+        raise ValueError(msg) from None
+
+
+NetworkText = Annotated[str, BeforeValidator(_network_text)]
+
+
+def _origin_text(value: object) -> str:
+    text = str(value)
+    if text != "*" and not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", text):
+        msg = f'{text!r} is no origin: write it as https://console.example.com, or "*" for any'
+        raise ValueError(msg)
+    return text
+
+
+OriginText = Annotated[str, BeforeValidator(_origin_text)]
 
 
 class _Section(BaseModel):
@@ -110,6 +136,66 @@ class AdmissionSettings(_Section):
     principal_cache_s: float = Field(default=5.0, ge=0)
 
 
+class ApiLimitSettings(_Section):
+    """How often the account and admin APIs may be called, in each worker."""
+
+    account_per_minute: int = Field(default=600, ge=1)
+    admin_per_minute: int = Field(default=600, ge=1)
+    # Wrong keys from one address, on every plane, before it is refused unheard.
+    failures_per_minute: int = Field(default=30, ge=1)
+
+
+class CorsSettings(_Section):
+    """Which pages may call the service from a browser; none unless they are named."""
+
+    # Such as https://console.example.com, or "*" for any.
+    allowed_origins: list[OriginText] = []
+
+
+class WebhookSettings(_Section):
+    """How operators' receivers are told what happens."""
+
+    # To http:// and to addresses that are not the internet's: for receivers beside the service.
+    allow_http: bool = False
+    allow_private: bool = False
+    # How often accounts are looked at for something to tell.
+    watch_interval_s: float = Field(default=3.0, gt=0)
+    timeout_s: float = Field(default=10.0, gt=0, le=120)
+    # Until the second attempt; each wait is three times the one before, up to the longest.
+    retry_s: float = Field(default=5.0, gt=0)
+    retry_max_s: float = Field(default=14_400.0, gt=0)
+    give_up_s: float = Field(default=259_200.0, gt=0, le=2_592_000)
+    retention_days: int = Field(default=30, ge=1, le=3650)
+
+
+class TierSettings(_Section):
+    """What accounts of a tier may do and are given; what is left out is not limited, or nothing."""
+
+    # Patterns such as gpt-*.
+    allowed_models: list[str] | None = Field(default=None, min_length=1)
+    # Of the account as a whole, beside the limits of its keys.
+    requests_per_minute: int | None = Field(default=None, ge=1, lt=2**31)
+    tokens_per_minute: int | None = Field(default=None, ge=1, lt=2**63)
+    max_concurrency: int | None = Field(default=None, ge=1, lt=2**31)
+    # A factor: becomes a rule of the price book for the tier.
+    markup: DecimalText | None = None
+    # Given each month, and gone at its end.
+    monthly_credits: DecimalText | None = None
+    # Given once, to a new account.
+    starter_credits: DecimalText | None = None
+    max_request_credits: DecimalText | None = None
+
+    @model_validator(mode="after")
+    def _sell_at_cost_at_least(self) -> Self:
+        if self.markup is not None and Decimal(self.markup) < 1:
+            msg = "markup must be at least 1: what may sell below cost is a rule of price_book"
+            raise ValueError(msg)
+        return self
+
+
+TierName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
 class Settings(BaseSettings):
     """The whole configuration of one service."""
 
@@ -136,6 +222,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=4000, ge=0, le=65535)
     workers: int = Field(default=1, ge=1, le=64)
+    # Networks of the proxies in front of the service: only theirs is X-Forwarded-For believed.
+    trusted_proxies: list[NetworkText] = []
+    # How long browsers are to insist on HTTPS, where something in front of the service speaks it.
+    hsts_max_age_s: int = Field(default=0, ge=0)
     data_dir: Path = Path(".tallygate")
     log_level: str = "INFO"
 
@@ -158,10 +248,16 @@ class Settings(BaseSettings):
     # A stream that the provider cut: void and review (False), or charge what was delivered.
     charge_cut_streams: bool = False
 
+    # Whether, and after how many days, an account that was closed loses what tells of a person.
+    erase_closed_after_days: int = Field(default=0, ge=0, le=36_500)
+
     upstream: UpstreamSettings = UpstreamSettings()
     holds: HoldSettings = HoldSettings()
     repeats: RepeatSettings = RepeatSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    api_limits: ApiLimitSettings = ApiLimitSettings()
+    cors: CorsSettings = CorsSettings()
     # Header name -> the provider whose models the key may be used for; "*" for any.
     byok_headers: dict[str, str] = {
         "X-Provider-Key": "*",
@@ -169,6 +265,8 @@ class Settings(BaseSettings):
         "X-Anthropic-Key": "anthropic",
         "X-Google-Key": "gemini",
     }
+    # The cheapest first: an account that is refused something is told the first that has it.
+    tiers: dict[TierName, TierSettings] = {}
     price_book: dict[str, Any] = {"default": {"kind": "markup", "factor": "2.0"}}
     litellm: dict[str, Any] = {}
 
@@ -188,6 +286,45 @@ class Settings(BaseSettings):
             sources += (YamlConfigSettingsSource(settings_cls, yaml_file=cls.config_file),)
         return sources
 
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        if self.tiers:
+            _ = self.terms
+        rules = self.price_book.get("rules")
+        # Where it is no list, the price book itself says what is wrong with it.
+        listed = cast("list[object]", rules) if isinstance(rules, list) else []
+        for number, rule in enumerate(listed):
+            name = _only_tier_of(rule)
+            tier = self.tiers.get(name)
+            if tier is not None and tier.markup is not None:
+                msg = (
+                    f"tiers.{name}.markup and price_book.rules[{number}] both price the tier "
+                    f"{name!r}: remove one of them"
+                )
+                raise ValueError(msg)
+        return self
+
+    @property
+    def terms(self) -> Tiers:
+        """The tiers, with amounts in nano-USD; ConfigurationError where one can't be that."""
+        return Tiers(
+            {name: tier.model_dump() for name, tier in self.tiers.items()},
+            default=self.default_tier,
+            nanos_per_credit=self.nanos_per_credit,
+        )
+
+    @property
+    def whole_price_book(self) -> dict[str, Any]:
+        """The price book with a rule for the markup of each tier that has one."""
+        rules = [
+            {"tier": name, "kind": "markup", "factor": tier.markup}
+            for name, tier in self.tiers.items()
+            if tier.markup is not None
+        ]
+        if not rules:
+            return self.price_book
+        return {**self.price_book, "rules": [*(self.price_book.get("rules") or []), *rules]}
+
     @property
     def nanos_per_credit(self) -> int:
         """What one credit is worth, in nano-USD; a fraction of a nano is refused."""
@@ -199,6 +336,16 @@ class Settings(BaseSettings):
             )
             raise ConfigurationError(msg)
         return int(nanos)
+
+
+def _only_tier_of(rule: object) -> str:
+    """Return the tier that a rule of the price book is for, and nothing else; "" where not so."""
+    if not isinstance(rule, Mapping):
+        return ""
+    selectors = cast("Mapping[object, object]", rule)
+    tier = selectors.get("tier")
+    is_narrower = any(selectors.get(name) is not None for name in ("account", "model"))
+    return tier if isinstance(tier, str) and not is_narrower else ""
 
 
 _LOCAL_CONFIG = Path("config.yaml")
@@ -229,7 +376,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: object)
     class FromFile(Settings):
         config_file: ClassVar[Path | None] = path
         is_packaged: ClassVar[bool] = (
-            not named and path != _LOCAL_CONFIG and "TALLYGATE_PRICE_BOOK" not in variables
+            not named
+            and path != _LOCAL_CONFIG
+            and not {"TALLYGATE_PRICE_BOOK", "TALLYGATE_TIERS"} & variables.keys()
         )
 
     try:

@@ -119,7 +119,7 @@ class Settler:
             if settled.outcome == "unknown" and item.settlement.action == "capture":
                 # The ledger was restored to before the hold: the charge must not be forgotten.
                 await self._set_aside(item, "the ledger knows no such hold")
-        self._observe(batch, results)
+        self.observe([item.settlement for item in batch], results)
         return results
 
     async def _set_aside(self, item: _Item, reason: str) -> None:
@@ -135,12 +135,11 @@ class Settler:
             extra={"request_id": item.settlement.request_id, "error": reason},
         )
 
-    def _observe(self, batch: Sequence[_Item], results: Sequence[Settled]) -> None:
+    def observe(self, settlements: Sequence[Settlement], results: Sequence[Settled]) -> None:
         """Count a batch: sums first, because each touch of a shared metric costs microseconds."""
         price_nanos = cost_picos = overdraft_nanos = 0
         outcomes = Counter(settled.outcome for settled in results)
-        for item, settled in zip(batch, results, strict=True):
-            settlement = item.settlement
+        for settlement, settled in zip(settlements, results, strict=True):
             if settled.outcome not in _DONE_NOW:
                 continue  # repeated: counted when it was done
             overdraft_nanos += settled.overdraft_nanos

@@ -11,14 +11,16 @@ import msgspec
 
 from proxy import firewall
 from proxy.byok import choose_provider_key, members_with_key
-from proxy.catalog import Catalog
+from proxy.catalog import Catalog, Model
 from proxy.dialect import Dialect
 from proxy.endpoints import ENDPOINTS
-from proxy.errors import NotFoundError, PermissionDeniedError
+from proxy.errors import NotFoundError
 from proxy.exchange import Exchange
 from proxy.firewall import MESSAGES
-from proxy.principals import Principals, may_use_model
+from proxy.plan import check_endpoint
+from proxy.principals import Principals, check_model
 from proxy.reports import Reports
+from proxy.switches import Switches
 from proxy.upstream import Upstream
 from proxy.wire.answer import read_answer
 from proxy.wire.fields import read_fields
@@ -40,6 +42,7 @@ class Unmetered:
         *,
         principals: Principals,
         catalog: Catalog,
+        switches: Switches,
         reports: Reports,
         upstream: Upstream,
         master_key: str,
@@ -48,6 +51,7 @@ class Unmetered:
     ) -> None:
         self._principals = principals
         self._catalog = catalog
+        self._switches = switches
         self._reports = reports
         self._upstream = upstream
         self._master_key = master_key
@@ -59,13 +63,15 @@ class Unmetered:
     async def stored_answer(self, exchange: Exchange, method: str, answer_id: str) -> None:
         """Read (GET) or forget (DELETE) one of the account's own stored responses."""
         exchange.dialect = Dialect.RESPONSES
-        principal = await self._principals.authenticate(exchange.virtual_key, fresh=True)
+        principal = await self._principals.authenticate(exchange, fresh=True)
+        check_endpoint(principal, ENDPOINTS[_RESPONSES])
         model = None
         if _ANSWER_ID.fullmatch(answer_id):
             model = await self._reports.model_of_answer(principal.account_id, answer_id)
         if model is None:
             raise _no_such_answer()
         served_by = self._catalog.get(model)
+        await self._check_switches(model, served_by)
         provider = None if served_by is None else served_by.provider
         key = choose_provider_key(exchange.header, self._byok_headers, provider)
         # LiteLLM reads the key from the body even here.
@@ -89,16 +95,16 @@ class Unmetered:
     async def count_tokens(self, exchange: Exchange) -> None:
         """Count the tokens of messages, in Anthropic's shape."""
         exchange.dialect = Dialect.ANTHROPIC
-        principal = await self._principals.authenticate(exchange.virtual_key, fresh=True)
+        principal = await self._principals.authenticate(exchange, fresh=True)
+        check_endpoint(principal, ENDPOINTS["/v1/messages"])
         request = parse_count_request(await exchange.read_body(self._max_body_bytes))
         fields = firewall.check_body(request.fields, MESSAGES)
         model = self._catalog.get(request.model)
-        if not may_use_model(principal, request.model):
-            msg = f"This API key may not use the model {request.model!r}."
-            raise PermissionDeniedError(msg, code="model_not_allowed", param="model")
+        check_model(principal, request.model, is_known=model is not None)
         if model is None:
             msg = f"The model {request.model!r} does not exist here."
             raise NotFoundError(msg, code="model_not_found", param="model")
+        await self._check_switches(request.model, model)
         body = upstream_body(
             request,
             fields=fields,
@@ -117,6 +123,11 @@ class Unmetered:
             answer.close()
         fields = read_fields(counted)
         await exchange.respond_json(200, {"input_tokens": fields["input_tokens"]})
+
+    async def _check_switches(self, name: str, model: Model | None) -> None:
+        # No authorization stands behind these calls either, which would find an old copy out.
+        switched = await self._switches.refresh()
+        switched.check(name, frozenset() if model is None else model.providers)
 
     def _headers(self, exchange: Exchange, account_id: str) -> dict[str, str]:
         return firewall.upstream_headers(

@@ -26,7 +26,7 @@ from uuid import UUID
 import msgspec
 
 from pricing.money import nanos_from_credits
-from proxy.accounts import Accounts, KeyLimits, NewKey
+from proxy.accounts import Accounts
 from proxy.db import make_pool, migrate
 from proxy.embedded.keeper import ChildFailedError, Keeper, rotate, tail
 from proxy.embedded.litellm import LiteLLMChild
@@ -34,6 +34,7 @@ from proxy.embedded.litellm_config import WitnessAddress
 from proxy.embedded.postgres import EmbeddedPostgres
 from proxy.errors import ConfigurationError
 from proxy.ids import uuid7
+from proxy.keys import Keys, KeySettings, NewKey
 from proxy.ledger import Ledger
 from proxy.lifeline import SUPERVISOR_VARIABLE
 from proxy.log import JsonFormatter
@@ -277,8 +278,8 @@ async def _starter_key(options: UpOptions, url: str) -> tuple[UUID, NewKey]:
                         name="starter", tier=options.tier, credit_limit_nanos=0, actor="up"
                     )
                     file.write_text(f"{account_id}\n")
-                key = await accounts.create_key(
-                    account_id, name="starter", limits=KeyLimits(), actor="up"
+                key = await Keys(pool).create(
+                    account_id, name="starter", settings=KeySettings(), actor="up"
                 )
                 if key is not None:
                     break

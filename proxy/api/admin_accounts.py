@@ -7,7 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pricing.money import MAX_AMOUNT
-from proxy.api.answers import Account, AccountBalance, Granted, Paged
+from proxy.api.admin_lookup import ACCOUNT_FILTERS, account_filter
+from proxy.api.answers import Account, AccountBalance, AccountDetail, Granted, Paged
 from proxy.api.bodies import AccountOptions, Grant, NewAccount, nanos_of, read_body
 from proxy.api.operations import Operation
 from proxy.api.pages import PAGED_BY_UUID, page_by_uuid
@@ -17,6 +18,7 @@ from proxy.api.shapes import Shapes
 from proxy.api.web import answer, exchange_of
 from proxy.errors import ConflictError, InvalidRequestError
 from proxy.ids import uuid7
+from proxy.ledger import Funded
 from proxy.operators import Operator
 
 # The same as the command line's, so that a reference counts once, whichever way it comes.
@@ -28,10 +30,12 @@ class AdminAccounts:
 
     def __init__(self, services: Services) -> None:
         self._accounts = services.accounts
+        self._directory = services.directory
         self._ledger = services.ledger
         self._shapes = Shapes(services.nanos_per_credit)
         self._nanos_per_credit = services.nanos_per_credit
-        self._default_tier = services.default_tier
+        self._tiers = services.tiers
+        self._credits = services.expiring_credits
 
     def operations(self) -> list[Operation[Operator]]:
         """Every endpoint."""
@@ -42,9 +46,12 @@ class AdminAccounts:
                 handler=self._list,
                 needs="read",
                 tag="accounts",
-                summary="List accounts with their balances",
+                summary=(
+                    "List accounts with their balances; a page of a search may be short, even "
+                    "empty, and yet not the last"
+                ),
                 answers=Paged[Account],
-                query=PAGED_BY_UUID,
+                query=(*PAGED_BY_UUID, *ACCOUNT_FILTERS),
             ),
             Operation(
                 method="POST",
@@ -63,8 +70,8 @@ class AdminAccounts:
                 handler=self._show,
                 needs="read",
                 tag="accounts",
-                summary="Read an account",
-                answers=Account,
+                summary="Read an account, and what there is to know of it",
+                answers=AccountDetail,
             ),
             Operation(
                 method="PATCH",
@@ -100,23 +107,31 @@ class AdminAccounts:
 
     async def _list(self, request: Request, _operator: Operator) -> Response:
         page = page_by_uuid(request)
-        rows = await self._accounts.accounts(before=page.before, limit=page.limit)
-        return answer(page.show(rows, "account_id", self._shapes.account))
+        wanted = account_filter(request, self._nanos_per_credit)
+        found = await self._directory.search(wanted, before=page.before, limit=page.limit)
+        shown = page.show(found.rows, "account_id", self._shapes.account)
+        return answer(page.go_on(shown, found.goes_on_before))
 
     async def _create(self, request: Request, operator: Operator) -> Response:
         body = await read_body(exchange_of(request), NewAccount)
+        tier = self._tiers.default if body.tier is None else body.tier
+        self._tiers.check(tier)
         account_id = await self._accounts.create_account(
             name=body.name,
-            tier=self._default_tier if body.tier is None else body.tier,
+            tier=tier,
             credit_limit_nanos=nanos_of(
                 body.credit_limit, self._nanos_per_credit, param="credit_limit", minimum=0
             ),
             actor=operator.name,
+            starter_nanos=self._tiers.of(tier, {}).starter_nanos,
+            monthly_nanos=self._tiers.monthly_nanos,
         )
         return answer(self._shapes.account(await self._row(account_id)), 201)
 
     async def _show(self, request: Request, _operator: Operator) -> Response:
-        return answer(self._shapes.account(await account_in(request, self._accounts)))
+        row = await account_in(request, self._accounts)
+        detail = await self._directory.detail(row["account_id"])
+        return answer(self._shapes.account_detail(row, detail or {}))
 
     async def _change(self, request: Request, operator: Operator) -> Response:
         account_id: UUID = (await account_in(request, self._accounts))["account_id"]
@@ -127,8 +142,17 @@ class AdminAccounts:
         return answer(self._shapes.account(await self._row(account_id)))
 
     async def _balance(self, request: Request, _operator: Operator) -> Response:
-        account = self._shapes.account(await account_in(request, self._accounts))
-        return answer({**account["balance"], "credit_limit": account["credit_limit"]})
+        account = await account_in(request, self._accounts)
+        found = await self._credits.balance(account["account_id"])
+        if found is None:  # pragma: no cover - accounts are never deleted
+            raise no_account(str(account["account_id"]))
+        balance, expiring = found
+        shown: AccountBalance = {
+            **self._shapes.balance(balance),
+            "credit_limit": self._shapes.money(balance.credit_limit),
+            "expiring": [self._shapes.expiring(part) for part in expiring],
+        }
+        return answer(shown)
 
     async def _grant(self, request: Request, operator: Operator) -> Response:
         account = await account_in(request, self._accounts)
@@ -137,26 +161,42 @@ class AdminAccounts:
         if account["posted"] + account["credit_limit"] + amount > MAX_AMOUNT:
             message = "The account can't hold that much. Grant less."
             raise InvalidRequestError(message, param="credits")
-        done = await self._ledger.fund(
-            account["account_id"],
-            uuid7(),
-            kind="grant",
-            amount_nanos=amount,
-            source=_GRANT_SOURCE,
-            external_id=body.reference,
-            reason=body.reason,
-            actor=operator.name,
-        )
+        done = await self._post(account["account_id"], body, amount, operator)
         if done.balance is None:  # pragma: no cover - accounts are never deleted
             raise no_account(str(account["account_id"]))
         if done.outcome == "conflict":
             message = (
-                f"The reference {body.reference!r} was used for another amount on this account. "
+                f"The reference {body.reference!r} was used for another grant on this account. "
                 "Use a new reference for a new grant."
             )
             raise ConflictError(message, param="reference")
         return answer(
             {"entry_id": done.entry_id, "balance": self._shapes.balance(done.balance)}, 201
+        )
+
+    async def _post(
+        self, account_id: UUID, body: Grant, amount_nanos: int, operator: Operator
+    ) -> Funded:
+        if body.expires_at is not None:
+            return await self._credits.grant(
+                account_id,
+                uuid7(),
+                amount_nanos=amount_nanos,
+                source=_GRANT_SOURCE,
+                external_id=body.reference,
+                reason=body.reason,
+                actor=operator.name,
+                expires_at=body.expires_at,
+            )
+        return await self._ledger.fund(
+            account_id,
+            uuid7(),
+            kind="grant",
+            amount_nanos=amount_nanos,
+            source=_GRANT_SOURCE,
+            external_id=body.reference,
+            reason=body.reason,
+            actor=operator.name,
         )
 
     async def _row(self, account_id: UUID) -> dict[str, Any]:

@@ -40,6 +40,7 @@ _REFUSALS = {
     "not_waiting": "This request waits for no decision: it was settled meanwhile.",
     "not_charged": "This request was not charged, so it has no price to change: charge it.",
     "already_charged": "This request is charged already: reprice it, or waive the review.",
+    "refunded": "More was refunded of this request than that. Reverse a refund first.",
     "stale": "This request changed while it was decided on. Look at it again.",
 }
 

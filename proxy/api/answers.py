@@ -48,10 +48,17 @@ class Balance(TypedDict):
     available: Money
 
 
+class ExpiringCredits(Money):
+    """Part of what is posted, and when what is left of it is gone."""
+
+    expires_at: datetime
+
+
 class AccountBalance(Balance):
-    """A balance with how far it may go below zero."""
+    """A balance with how far it may go below zero, and what of it expires, the first first."""
 
     credit_limit: Money
+    expiring: list[ExpiringCredits]
 
 
 class Account(TypedDict):
@@ -67,6 +74,20 @@ class Account(TypedDict):
     credit_limit: Money
 
 
+class AccountDetail(Account):
+    """An account with its keys, the terms that hold for it alone, and when it was last busy.
+
+    `status_reason` says why it was suspended or closed, `last_request_at` when its newest request
+    began.
+    """
+
+    status_reason: str | None
+    overrides: dict[str, object]
+    active_keys: int
+    all_keys: int
+    last_request_at: datetime | None
+
+
 class Granted(TypedDict):
     """A grant's ledger entry, and the balance after it."""
 
@@ -75,26 +96,42 @@ class Granted(TypedDict):
 
 
 class KeyBudget(Money):
-    """What a key may spend in a period; days and months are those of UTC."""
+    """What a key or a project may spend in a period; days and months are those of UTC."""
 
     period: Period
 
 
 class Key(TypedDict):
-    """A virtual key, without its secret; null is no limit."""
+    """A virtual key, without its secret; null is no limit.
+
+    `last_used_at` is accurate to some seconds, `replaced_by` the key that it was rotated to.
+    """
 
     id: UUID
     name: str
     prefix: str
     status: KeyStatus
+    role: Literal["inference", "read-only", "manage"]
+    project_id: UUID | None
     created_at: datetime
+    last_used_at: datetime | None
     expires_at: datetime | None
     revoked_at: datetime | None
+    replaced_by: UUID | None
     allowed_models: list[str] | None
+    allowed_endpoints: list[str] | None
+    allowed_networks: list[str] | None
     requests_per_minute: int | None
     tokens_per_minute: int | None
     max_concurrency: int | None
     budget: KeyBudget | None
+    budget_left: Money | None
+
+
+class AccountKey(Key):
+    """A key in a list of all accounts' keys."""
+
+    account_id: UUID
 
 
 class NewKey(Key):
@@ -102,6 +139,18 @@ class NewKey(Key):
 
     account_id: UUID
     key: str
+
+
+class Project(TypedDict):
+    """A project of an account; null is no budget."""
+
+    id: UUID
+    name: str
+    status: Literal["active", "archived"]
+    created_at: datetime
+    archived_at: datetime | None
+    budget: KeyBudget | None
+    budget_left: Money | None
 
 
 class Counts(TypedDict):
@@ -124,14 +173,20 @@ class Counts(TypedDict):
 
 
 class Usage(TypedDict):
-    """A request as its customer sees it; the price is null while there is none."""
+    """A request as its customer sees it; the price is null while there is none.
+
+    `quantity` is how many of a metered action, which `model` names; null for calls of models.
+    """
 
     request_id: UUID
+    key_id: UUID
+    project_id: UUID | None
     created_at: datetime
     endpoint: str
     model: str
     status: UsageStatus
     usage: Counts
+    quantity: int | None
     price: Money | None
 
 
@@ -139,7 +194,6 @@ class AdminUsage(Usage):
     """A request as the operator sees it, with both sides of its money."""
 
     account_id: UUID
-    key_id: UUID
     tier: str
     streamed: bool
     byok: bool
@@ -200,6 +254,7 @@ class Receipt(Usage):
     lines: list[PriceLine] | None
     hold: Money
     captured: Money | None
+    refunded: Money
     entries: list[ReceiptEntry]
 
 
@@ -274,9 +329,13 @@ class ReviewCounts(TypedDict):
 
 
 class PriceBook(TypedDict):
-    """A version of the price book; the document is what `config.yaml` has as `price_book`."""
+    """A version of the price book; the document is what `config.yaml` has as `price_book`.
+
+    One that is `overtaken` never comes into force: what was published after it begins earlier.
+    """
 
     version: int
+    state: Literal["in_force", "scheduled", "overtaken", "cancelled", "past"]
     valid_from: datetime
     published_by: str
     credit_usd: str

@@ -16,7 +16,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
 )
+from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails
 
 from pricing.errors import InvalidAmountError
@@ -64,8 +66,13 @@ def _to_come(moment: datetime) -> datetime:
 
 Text = Annotated[str, AfterValidator(_checked_text)]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
-Credits = Annotated[str, BeforeValidator(_decimal_text)]
+_DECIMAL: JsonDict = {
+    "anyOf": [{"type": "string", "pattern": r"^-?[0-9]+(\.[0-9]+)?$"}, {"type": "integer"}],
+    "examples": ["12.5"],
+}
+Credits = Annotated[str, BeforeValidator(_decimal_text), WithJsonSchema(_DECIMAL)]
 Count = Annotated[int, Field(ge=1, le=_MAX_INT32)]
+TimeToCome = Annotated[AwareDatetime, AfterValidator(_to_come)]
 
 
 class Body(BaseModel):
@@ -77,7 +84,18 @@ class Body(BaseModel):
 class CallBody(BaseModel):
     """The body of a call to a model: whatever the endpoint of that call takes."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "demo",
+                    "messages": [{"role": "user", "content": "hi"}],
+                    "max_tokens": 100,
+                }
+            ]
+        },
+    )
 
     model: str
 
@@ -97,40 +115,36 @@ class AccountOptions(Body):
 
 
 class Grant(Body):
-    """POST …/grants. The reference makes it safe to send again."""
+    """POST …/grants. The reference makes it safe to send again; null is credits for ever."""
 
     credits: Credits
     reason: Annotated[Text, Field(min_length=1, max_length=1000)]
     reference: Name
+    expires_at: TimeToCome | None = None
 
 
 class Budget(Body):
-    """What a key may spend in a period; days and months are those of UTC."""
+    """What a key or a project may spend in a period; days and months are those of UTC."""
 
     credits: Credits
     period: Literal["day", "month", "total"] = "total"
 
 
-class KeyBody(Body):
-    """POST …/keys. What is left out is not limited."""
-
-    name: Name
-    expires_at: Annotated[AwareDatetime, AfterValidator(_to_come)] | None = None
-    allowed_models: (
-        Annotated[
-            list[Annotated[Text, Field(min_length=1, max_length=256)]],
-            Field(min_length=1, max_length=200),
-        ]
-        | None
-    ) = None
-    requests_per_minute: Count | None = None
-    tokens_per_minute: Annotated[int, Field(ge=1, le=_MAX_INT64)] | None = None
-    max_concurrency: Count | None = None
-    budget: Budget | None = None
-
-
 class ReviewDecision(Body):
     """POST /admin/v1/reviews/{request_id}: a price in credits, or a cost that is priced."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "account_id": "01900000-0000-7000-8000-000000000001",
+                    "decision": "charge",
+                    "credits": "12.5",
+                    "reason": "the provider's invoice says so",
+                }
+            ]
+        }
+    )
 
     account_id: UUID
     decision: Literal["charge", "waive", "reprice"]
@@ -142,12 +156,14 @@ class ReviewDecision(Body):
 Model = TypeVar("Model", bound=Body)
 
 
-async def read_body(exchange: Exchange, model: type[Model]) -> Model:
+async def read_body(
+    exchange: Exchange, model: type[Model], *, max_bytes: int = MAX_BODY_BYTES
+) -> Model:
     """Read a body of this model.
 
     Raises RequestTooLargeError, or InvalidRequestError that names the field and what is wrong.
     """
-    body = await exchange.read_body(MAX_BODY_BYTES)
+    body = await exchange.read_body(max_bytes)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

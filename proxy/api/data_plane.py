@@ -39,6 +39,7 @@ class DataPlane:
         self._unmetered = services.unmetered
         self._principals = services.principals
         self._catalog = services.catalog
+        self._switches = services.switches
         self._stall_timeout_s = services.client_stall_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,9 +90,13 @@ class DataPlane:
 
     async def _models(self, exchange: Exchange) -> dict[str, object]:
         show = _shape(exchange)
-        principal = await self._principals.authenticate(exchange.virtual_key, fresh=True)
+        principal = await self._principals.authenticate(exchange, needs="read", fresh=True)
+        switched = await self._switches.refresh()
         shown = [
-            show(model) for model in self._catalog.all() if may_use_model(principal, model.name)
+            show(model)
+            for model in self._catalog.all()
+            if may_use_model(principal, model.name)
+            and switched.find(model.name, model.providers) is None
         ]
         if exchange.dialect is Dialect.ANTHROPIC:
             ids = [model["id"] for model in shown] or [None]
@@ -100,11 +105,12 @@ class DataPlane:
 
     async def _model(self, exchange: Exchange, name: str) -> dict[str, object]:
         show = _shape(exchange)
-        principal = await self._principals.authenticate(exchange.virtual_key, fresh=True)
+        principal = await self._principals.authenticate(exchange, needs="read", fresh=True)
         model = self._catalog.get(name)
         if model is None or not may_use_model(principal, name):
             message = f"The model {name!r} does not exist here, or this key may not use it."
             raise NotFoundError(message, code="model_not_found", param="model")
+        (await self._switches.refresh()).check(name, model.providers)
         return show(model)
 
 

@@ -141,11 +141,12 @@ def _describe(plane: Plane, operation: Operation[Any], schemas: Schemas) -> Node
     parameters += [
         {
             "name": each.name,
-            "in": "query",
+            "in": place,
             "description": each.summary,
             "schema": each.schema,
         }
-        for each in operation.query
+        for place, given in (("query", operation.query), ("header", operation.headers))
+        for each in given
     ]
     if parameters:
         described["parameters"] = parameters
@@ -161,9 +162,12 @@ def _describe(plane: Plane, operation: Operation[Any], schemas: Schemas) -> Node
 def _responses(plane: Plane, operation: Operation[Any], schemas: Schemas) -> Node:
     done: Node = {"description": "Done."}
     if operation.answers is not None:
-        done["content"] = {"application/json": {"schema": schemas.of(operation.answers)}}
+        done["content"] = {
+            **_texts(operation),
+            "application/json": {"schema": schemas.of(operation.answers)},
+        }
     elif operation.status != 204:
-        done["content"] = {name: {"schema": {"type": "string"}} for name in operation.media_types}
+        done["content"] = _texts(operation)
     responses: Node = {str(operation.status): done}
     for status, type_ in operation.also.items():
         content = {"application/json": {"schema": schemas.of(type_)}}
@@ -173,12 +177,16 @@ def _responses(plane: Plane, operation: Operation[Any], schemas: Schemas) -> Nod
     return responses
 
 
+def _texts(operation: Operation[Any]) -> Node:
+    return {name: {"schema": {"type": "string"}} for name in operation.media_types}
+
+
 def _refusals(plane: Plane, operation: Operation[Any]) -> set[int]:
     """Which refusals follow from what an operation takes and does."""
     if not plane.roles:
         return {403} if plane.schemes else set()
     refusals = {401, 403, 429, 503, *operation.refuses}
-    if operation.query or operation.body is not None:
+    if operation.query or operation.headers or operation.body is not None:
         refusals.add(400)
     if path_names(operation.path):
         refusals.add(404)
@@ -198,6 +206,8 @@ def _path_parameter(name: str) -> Node:
     schema: Node = {"type": "string"}
     if name.endswith("_id"):
         schema["format"] = "uuid"
+    elif name == "version":
+        schema = {"type": "integer", "minimum": 1}
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 

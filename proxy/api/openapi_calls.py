@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from proxy.api.answers import AnthropicError
 from proxy.api.bodies import CallBody
 from proxy.api.openapi_schemas import Schemas
 from proxy.dialect import Dialect
@@ -33,14 +32,14 @@ def calls(schemas: Schemas) -> Iterator[tuple[str, str, Node]]:
     for endpoint in ENDPOINTS.values():
         yield endpoint.path, "post", _call(endpoint, schemas)
     body = {"application/json": {"schema": schemas.of(CallBody)}}
-    counted = _described("count the tokens of messages", Dialect.ANTHROPIC, _JSON, schemas)
+    counted = _described("count the tokens of messages", Dialect.ANTHROPIC, _JSON)
     yield "/v1/messages/count_tokens", "post", {**counted, "requestBody": _required(body)}
-    listed = _described("list the models that the key may use", Dialect.OPENAI, _JSON, schemas)
+    listed = _described("list the models that the key may use", Dialect.OPENAI, _JSON)
     yield "/v1/models", "get", listed
-    shown = _described("read a model", Dialect.OPENAI, _JSON, schemas)
+    shown = _described("read a model", Dialect.OPENAI, _JSON)
     yield "/v1/models/{model}", "get", {**shown, "parameters": [_segment("model")]}
     for method, what in (("get", "read a stored response"), ("delete", "forget one")):
-        stored = _described(what, Dialect.OPENAI, _JSON, schemas)
+        stored = _described(what, Dialect.OPENAI, _JSON)
         yield (
             "/v1/responses/{response_id}",
             method,
@@ -55,20 +54,15 @@ def _call(endpoint: Endpoint, schemas: Schemas) -> Node:
         body: Node = {"multipart/form-data": {"schema": _FORM}}
     else:
         body = {"application/json": {"schema": schemas.of(CallBody)}}
-    described = _described(endpoint.name, endpoint.dialect, content, schemas)
+    described = _described(endpoint.name, endpoint.dialect, content)
     return {**described, "requestBody": _required(body)}
 
 
-def _described(what: str, dialect: Dialect, content: Node, schemas: Schemas) -> Node:
+def _described(what: str, dialect: Dialect, content: Node) -> Node:
+    shape = "anthropic-" if dialect is Dialect.ANTHROPIC else ""
     refused: Node = {
-        str(status): {"$ref": f"#/components/responses/{status}"} for status in _REFUSED
+        str(status): {"$ref": f"#/components/responses/{shape}{status}"} for status in _REFUSED
     }
-    if dialect is Dialect.ANTHROPIC:
-        error = {"application/json": {"schema": schemas.of(AnthropicError)}}
-        refused = {
-            str(status): {"description": "As in OpenAI's shape.", "content": error}
-            for status in _REFUSED
-        }
     return {
         "tags": ["data: calls"],
         "summary": what[0].upper() + what[1:],

@@ -6,7 +6,7 @@ from typing import Any, cast
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from proxy.api.answers import Error
+from proxy.api.answers import AnthropicError, Error
 
 Node = dict[str, Any]
 
@@ -30,34 +30,40 @@ class Schemas:
     """The schemas of some types; None among them is skipped."""
 
     def __init__(self, types: Iterable[object]) -> None:
-        wanted = {id(type_): type_ for type_ in types if type_ is not None}
         # A body has members that may be left out, an answer has all of its members.
-        inputs: list[tuple[int, JsonSchemaMode, TypeAdapter[Any]]] = [
-            (key, "validation" if _is_body(type_) else "serialization", TypeAdapter(type_))
-            for key, type_ in wanted.items()
+        inputs: list[tuple[object, JsonSchemaMode, TypeAdapter[Any]]] = [
+            (type_, "validation" if _is_body(type_) else "serialization", _adapter(type_))
+            for type_ in dict.fromkeys(types)
+            if type_ is not None
         ]
         schemas, definitions = TypeAdapter.json_schemas(inputs, ref_template=_ROOT + "{model}")
-        self._kept = wanted  # so that no id is given twice
-        self._schemas = {key: _tidy(schema) for (key, _), schema in schemas.items()}
+        self._schemas = {type_: _tidy(schema) for (type_, _), schema in schemas.items()}
         self.components = {
-            _name(name): _tidy(schema)
-            for name, schema in sorted(definitions.get("$defs", {}).items())
+            name: _tidy(schema)
+            for name, schema in sorted(
+                (_name(name), schema) for name, schema in definitions.get("$defs", {}).items()
+            )
         }
 
     def of(self, type_: object) -> Node:
         """The schema of one of the types: most often a reference to a component."""
-        return self._schemas[id(type_)]
+        return self._schemas[type_]
 
 
 def error_responses(schemas: Schemas) -> Node:
-    """Describe every refusal, by its status."""
+    """Describe every refusal, by its status, in OpenAI's shape and in Anthropic's."""
     return {
-        str(status): {
+        f"{prefix}{status}": {
             "description": text,
-            "content": {"application/json": {"schema": schemas.of(Error)}},
+            "content": {"application/json": {"schema": schemas.of(shape)}},
         }
+        for prefix, shape in (("", Error), ("anthropic-", AnthropicError))
         for status, text in _REFUSALS.items()
     }
+
+
+def _adapter(type_: Any) -> TypeAdapter[Any]:  # noqa: ANN401 - a type, or a form of one
+    return TypeAdapter(type_)
 
 
 def _is_body(type_: object) -> bool:
@@ -69,7 +75,7 @@ def _name(name: str) -> str:
     return f"{name[6:-1]}Page" if name.startswith("Paged_") else name
 
 
-def _tidy(node: Any) -> Any:
+def _tidy(node: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
     """Leave out titles that only repeat names, and say that nothing undeclared is answered."""
     if isinstance(node, list):
         return [_tidy(each) for each in cast("list[Any]", node)]

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from proxy.api.web import Handler, resource
+from proxy.api.paths import uuid_or_none
+from proxy.api.web import Handler, notes_of, resource
 
 Caller = TypeVar("Caller")
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -21,7 +22,7 @@ Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A parameter of the query; `schema` is JSON Schema, such as `{"type": "integer"}`."""
+    """A parameter of the query, or a header; `schema` is JSON Schema: `{"type": "integer"}`."""
 
     name: str
     schema: dict[str, object]
@@ -35,8 +36,9 @@ class Operation(Generic[Caller]):
     `needs` is what its caller must be allowed to: see `proxy.principals` for the roles of virtual
     keys, `proxy.operators` for those of operators. `answers` is the type of the answer's body, a
     TypedDict or a list of them in pages (`Paged[…]`); None where there is none (204). An answer
-    that is no JSON has `media_types` in its place. `also` are types of answers with another status
-    that is no refusal; `refuses` are refusals that follow from nothing else here, such as 402.
+    that is no JSON has `media_types` in its place, or beside it where the caller chooses. `also`
+    are types of answers with another status that is no refusal; `refuses` are refusals that follow
+    from nothing else here, such as 402.
     """
 
     method: Method
@@ -49,6 +51,7 @@ class Operation(Generic[Caller]):
     status: int = 200
     body: type[BaseModel] | None = None
     query: tuple[Parameter, ...] = ()
+    headers: tuple[Parameter, ...] = ()
     media_types: tuple[str, ...] = ("application/json",)
     also: Mapping[int, object] = field(default_factory=dict[int, object])
     refuses: tuple[int, ...] = ()
@@ -70,6 +73,13 @@ def _guarded(
     authenticate: Callable[[Request, Operation[Caller]], Awaitable[Caller]],
 ) -> Handler:
     async def endpoint(request: Request) -> Response:
+        notes = notes_of(request)
+        notes.operation = f"{operation.method} {operation.path}"
+        notes.ids = {
+            name: str(found)
+            for name, text in request.path_params.items()
+            if (found := uuid_or_none(str(text))) is not None
+        }
         return await operation.handler(request, await authenticate(request, operation))
 
     return endpoint

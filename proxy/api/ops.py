@@ -29,6 +29,7 @@ from proxy.api.web import answer, bearer, exchange_of
 from proxy.errors import MeteringUnavailableError, PermissionDeniedError
 from proxy.metrics import OBSERVER, SCRAPED_GAUGES
 from proxy.reports import Operations
+from proxy.webhooks import Backlog
 
 # Whoever is asked by a proxy on the same machine is not asked by the machine.
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
@@ -50,6 +51,7 @@ class Ops:
         self._catalog = services.catalog
         self._price_books = services.price_books
         self._spool = services.spool
+        self._webhooks = services.webhooks
         self._token = services.ops_token.encode() if services.ops_token else None
 
     def operations(self) -> list[Operation[None]]:
@@ -136,10 +138,16 @@ class Ops:
     async def _metrics(self, _request: Request, _caller: None) -> Response:
         async with asyncio.TaskGroup() as group:
             operations = group.create_task(self._reports.operations())
+            backlog = group.create_task(self._webhooks.backlog())
             spool = group.create_task(asyncio.to_thread(self._spool_state))
         scraped = CollectorRegistry(auto_describe=False)
         scraped.register(
-            _Scraped(operations.result(), *spool.result(), catalog_age_s=self._catalog.age_s())
+            _Scraped(
+                operations.result(),
+                backlog.result(),
+                *spool.result(),
+                catalog_age_s=self._catalog.age_s(),
+            )
         )
         OBSERVER.flush()
         # Files are read, several for each worker.
@@ -190,6 +198,7 @@ class _Scraped(Collector):
     def __init__(
         self,
         operations: Operations | None,
+        backlog: Backlog | None,
         spool_bytes: int,
         rejected: int,
         *,
@@ -202,6 +211,12 @@ class _Scraped(Collector):
             "tallygate_spool_bytes": spool_bytes,
             "tallygate_settlements_rejected_waiting": rejected,
         }
+        if backlog is not None:
+            self._values |= {
+                "tallygate_webhooks_pending": backlog.pending,
+                "tallygate_webhooks_oldest_seconds": backlog.oldest_s,
+                "tallygate_webhooks_failed": backlog.failed,
+            }
         if operations is not None:
             self._values |= {
                 "tallygate_holds_open": operations.open_holds,

@@ -52,7 +52,7 @@ class Page(Generic[Key]):
         self,
         rows: Sequence[Mapping[str, Any]],
         key: str,
-        shape: Callable[[Mapping[str, Any]], Item],
+        shape: Callable[[Any], Item],
     ) -> Paged[Item]:
         """Render rows that were read with `limit`; `key` is the column that the cursor holds."""
         shown = rows[: self.size]
@@ -61,6 +61,13 @@ class Page(Generic[Key]):
             "data": [shape(row) for row in shown],
             "next_cursor": str(shown[-1][key]) if has_more else None,
         }
+
+    @staticmethod
+    def go_on(shown: Paged[Item], before: UUID | None) -> Paged[Item]:
+        """Have a page that a bounded search found go on behind where the search came to."""
+        if shown["next_cursor"] is None and before is not None:
+            shown["next_cursor"] = str(before)
+        return shown
 
 
 def page_by_uuid(request: Request) -> Page[UUID]:

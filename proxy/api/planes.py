@@ -2,25 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from starlette.routing import Route
 
+from proxy.accounts import ROLES as KEY_ROLES
 from proxy.api.account import AccountApi
 from proxy.api.admin import AdminApi
 from proxy.api.operations import Operation
 from proxy.api.ops import Ops
 from proxy.api.services import Services
-from proxy.operators import ROLES
-
-_KEY_ROLES: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "inference": frozenset({"read", "use"}),
-        "read-only": frozenset({"read"}),
-        "manage": frozenset({"read", "use", "manage"}),
-    }
-)
+from proxy.operators import ROLES as OPERATOR_ROLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +41,7 @@ def planes_of(services: Services) -> list[Plane]:
             operations=account.operations(),
             routes=account.routes(),
             schemes=("virtualKey", "virtualKeyHeader"),
-            roles=_KEY_ROLES,
+            roles=KEY_ROLES,
         ),
         Plane(
             name="admin",
@@ -57,7 +49,7 @@ def planes_of(services: Services) -> list[Plane]:
             operations=admin.operations(),
             routes=admin.routes(),
             schemes=("adminKey",),
-            roles=ROLES,
+            roles=OPERATOR_ROLES,
         ),
         Plane(
             name="ops",

@@ -14,7 +14,7 @@ from pricing.price_book import parse_price_book
 from proxy.api import answers
 from proxy.api.shapes import Shapes, utc
 from proxy.estimates import Estimate
-from proxy.recompute import charge_of
+from proxy.recompute import CHARGES, action_of, charge_of
 
 _ATTO_DIGITS = 18
 # Lines whose quantity is the provider's cost, and whose names speak of it.
@@ -48,6 +48,7 @@ def receipt(shapes: Shapes, row: Mapping[str, Any]) -> answers.Receipt:
         "lines": _lines(row),
         "hold": shapes.money(row["hold"]),
         "captured": None if price is None else shapes.money(price),
+        "refunded": shapes.money(row["refunded"]),
         "entries": entries,
     }
 
@@ -57,8 +58,11 @@ def _lines(row: Mapping[str, Any]) -> list[answers.PriceLine] | None:
     if row["price"] is None or row["document"] is None:
         return None
     try:
-        rule = parse_price_book(row["document"]).rule(row["rule"])
-        charged = charge_of(row, rule, row["nanos_per_credit"])
+        book = parse_price_book(row["document"])
+        if row["endpoint"] == CHARGES:
+            charged = action_of(row, book, row["nanos_per_credit"])
+        else:
+            charged = charge_of(row, book.rule(row["rule"]), row["nanos_per_credit"])
     except (PricingError, KeyError):
         return None
     if charged.price_nanos != row["price"]:

@@ -25,7 +25,14 @@ def make_application(services: Services, lifespan: Lifespan) -> Starlette:
             *OpenApi(planes).routes(),
             *InternalApi(services).routes(),
         ],
-        middleware=[Middleware(Envelope)],
+        middleware=[
+            Middleware(
+                Envelope,
+                log=services.request_log,
+                addresses=services.protection.addresses,
+                hsts_max_age_s=services.protection.hsts_max_age_s,
+            )
+        ],
         exception_handlers={HTTPException: refuse_route},
         lifespan=lifespan,
     )

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from pricing.money import credits_text, decimal_text, usd_text, usd_text_from_picos
 from proxy.api import answers
+from proxy.expiring_credits import Expiring
 from proxy.ledger import Balance
 
 Row = Mapping[str, Any]
@@ -36,6 +37,10 @@ class Shapes:
             "available": self.money(balance.available),
         }
 
+    def expiring(self, part: Expiring) -> answers.ExpiringCredits:
+        """Render the part of a balance that is gone at a time."""
+        return {**self.money(part.nanos), "expires_at": utc(part.expires_at)}
+
     def account(self, row: Row) -> answers.Account:
         """Render an account with its balance."""
         balance = Balance(row["posted"], row["reserved"], row["credit_limit"])
@@ -50,36 +55,78 @@ class Shapes:
             "credit_limit": self.money(balance.credit_limit),
         }
 
+    def account_detail(self, row: Row, detail: Row) -> answers.AccountDetail:
+        """Render an account with what `Directory.detail` says of it."""
+        return {
+            **self.account(row),
+            "status_reason": detail["status_reason"],
+            "overrides": detail["overrides"],
+            "active_keys": detail["active_keys"],
+            "all_keys": detail["all_keys"],
+            "last_request_at": utc(detail["last_request_at"]),
+        }
+
     def key(self, row: Row) -> answers.Key:
         """Render a virtual key; of the secret there is only its prefix."""
-        budget = row["budget"]
         return {
             "id": row["key_id"],
             "name": row["name"],
             "prefix": row["prefix"],
             "status": row["status"],
+            "role": row["role"],
+            "project_id": row["project_id"],
             "created_at": utc(row["created_at"]),
+            "last_used_at": utc(row["last_used_at"]),
             "expires_at": utc(row["expires_at"]),
             "revoked_at": utc(row["revoked_at"]),
+            "replaced_by": row["replaced_by"],
             "allowed_models": row["allowed_models"],
+            "allowed_endpoints": row["allowed_endpoints"],
+            "allowed_networks": row["allowed_networks"],
             "requests_per_minute": row["requests_per_minute"],
             "tokens_per_minute": row["tokens_per_minute"],
             "max_concurrency": row["max_concurrency"],
-            "budget": None
-            if budget is None
-            else {**self.money(budget), "period": row["budget_period"]},
+            "budget": self._budget(row),
+            "budget_left": self._budget_left(row),
         }
+
+    def account_key(self, row: Row) -> answers.AccountKey:
+        """Render a virtual key with whose it is."""
+        return {**self.key(row), "account_id": row["account_id"]}
+
+    def project(self, row: Row) -> answers.Project:
+        """Render a project."""
+        return {
+            "id": row["project_id"],
+            "name": row["name"],
+            "status": row["status"],
+            "created_at": utc(row["created_at"]),
+            "archived_at": utc(row["archived_at"]),
+            "budget": self._budget(row),
+            "budget_left": self._budget_left(row),
+        }
+
+    def _budget(self, row: Row) -> answers.KeyBudget | None:
+        budget = row["budget"]
+        return None if budget is None else {**self.money(budget), "period": row["budget_period"]}
+
+    def _budget_left(self, row: Row) -> answers.Money | None:
+        left = row["budget_left"]
+        return None if left is None else self.money(left)
 
     def usage(self, row: Row) -> answers.Usage:
         """Render a request as its customer sees it; unknown counts of tokens are null."""
         price = row["price"]
         return {
             "request_id": row["request_id"],
+            "key_id": row["key_id"],
+            "project_id": row["project_id"],
             "created_at": utc(row["created_at"]),
             "endpoint": row["endpoint"],
             "model": row["model"],
             "status": row["status"],
-            "usage": _counts(row),
+            "usage": counts_of(row),
+            "quantity": row["quantity"],
             "price": None if price is None else self.money(price),
         }
 
@@ -89,16 +136,15 @@ class Shapes:
         return {
             **self.usage(row),
             "account_id": row["account_id"],
-            "key_id": row["key_id"],
             "tier": row["tier"],
             "streamed": row["streamed"],
             "byok": row["byok"],
             "model_answered": row["model_answered"],
             "settled_at": utc(row["settled_at"]),
-            "cost": _cost(row["cost_picos"]),
+            "cost": cost(row["cost_picos"]),
             "cost_source": row["cost_source"],
-            "rated_cost": _cost(row["rated_picos"]),
-            "witness_cost": _cost(row["witness_picos"]),
+            "rated_cost": cost(row["rated_picos"]),
+            "witness_cost": cost(row["witness_picos"]),
             "attempts": row["attempts"],
             "answer_id": row["answer_id"],
             "service_tier": row["service_tier"],
@@ -146,6 +192,7 @@ class Shapes:
         """Render a version of the price book."""
         return {
             "version": row["version"],
+            "state": row["state"],
             "valid_from": utc(row["valid_from"]),
             "published_by": row["published_by"],
             "credit_usd": usd_text(row["nanos_per_credit"]),
@@ -153,12 +200,18 @@ class Shapes:
         }
 
 
-def _counts(row: Row) -> answers.Counts:
+def counts_of(row: Row) -> answers.Counts:
+    """Render what was used, by the names of the columns."""
     counts = {name: row[name] for name in answers.Counts.__annotations__}
     return cast("answers.Counts", counts)
 
 
-def _cost(picos: int | None) -> answers.Cost | None:
+@overload
+def cost(picos: int) -> answers.Cost: ...
+@overload
+def cost(picos: None) -> None: ...
+def cost(picos: int | None) -> answers.Cost | None:
+    """Render what a provider takes, or what is left of a price without it."""
     return None if picos is None else {"usd": usd_text_from_picos(picos), "picos": str(picos)}
 
 

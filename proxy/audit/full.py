@@ -7,7 +7,8 @@ from psycopg import IsolationLevel
 from psycopg.rows import tuple_row
 
 from proxy.audit.findings import Finding, stream
-from proxy.audit.invariants import INVARIANTS, Invariant
+from proxy.audit.invariant import Invariant
+from proxy.audit.invariants import INVARIANTS
 from proxy.audit.prices import PriceCheck
 
 _PRICED_USAGE: LiteralString = """
@@ -15,7 +16,7 @@ _PRICED_USAGE: LiteralString = """
         account_id, request_id, tier, model, byok, status, input_tokens, cached_input_tokens,
         cache_creation_tokens, cache_creation_1h_tokens, output_tokens, reasoning_tokens,
         audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images,
-        input_characters, audio_ms, queries,
+        input_characters, audio_ms, queries, endpoint, quantity,
         cost_picos, price, rounding_attos, rule, markup_ppm, price_version, resolution
     FROM usage WHERE price IS NOT NULL
 """

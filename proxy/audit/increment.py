@@ -45,6 +45,8 @@ _OF_ACCOUNTS = frozenset(
         "reserved_equals_open_holds",
         "no_overspend",
         "counters_equal_open_holds",
+        "expired_credits_were_granted",
+        "refunds_within_price",
     }
 )
 _OF_ENTRIES = frozenset(

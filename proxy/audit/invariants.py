@@ -1,18 +1,9 @@
 """The invariants of the whole ledger: a query each, whose result is the rows that break it."""
 
-from dataclasses import dataclass
 from typing import LiteralString
 
-
-@dataclass(frozen=True, slots=True)
-class Invariant:
-    """`checked` counts the rows that it speaks of; `broken` selects those that break it."""
-
-    name: str
-    promise: str
-    checked: LiteralString
-    broken: LiteralString
-
+from proxy.audit.invariant import Invariant
+from proxy.audit.rollups import ROLLUPS
 
 _ENTRIES: LiteralString = "SELECT count(*) FROM entries"
 _ACCOUNTS: LiteralString = "SELECT count(*) FROM balances"
@@ -267,13 +258,16 @@ INVARIANTS = (
         INNER JOIN balances AS b ON e.account_id = b.account_id
         WHERE e.kind = 'hold' AND e.amount > 0
             AND e.posted_after - e.reserved_after + b.credit_limit < 0
+            -- The limit may have been lowered since.
+            AND e.posted_after - e.reserved_after + credit_limit_at(e.account_id, e.seq) < 0
         """,
     ),
     Invariant(
         "funding_equals_entries",
-        "every deposit, grant, refund, adjustment and reversal has its entry of the same amount",
+        "every deposit, grant, refund, adjustment, reversal and expiry of credits has its entry of"
+        " the same amount",
         "SELECT (SELECT count(*) FROM funding) + (SELECT count(*) FROM entries WHERE kind IN"
-        " ('deposit', 'grant', 'refund', 'adjustment', 'reversal'))",
+        " ('deposit', 'grant', 'refund', 'adjustment', 'reversal', 'credit_expiry'))",
         """
         WITH kept AS (
             -- Entries below this id were detached, if they are not there; NULL where none were.
@@ -289,7 +283,9 @@ INVARIANTS = (
             FROM (SELECT *, entry_id AS request_id FROM funding) AS f
             FULL JOIN (
                 SELECT * FROM entries
-                WHERE kind IN ('deposit', 'grant', 'refund', 'adjustment', 'reversal')
+                WHERE kind IN (
+                    'deposit', 'grant', 'refund', 'adjustment', 'reversal', 'credit_expiry'
+                )
             ) AS e USING (account_id, request_id)
         )
         SELECT
@@ -311,9 +307,59 @@ INVARIANTS = (
         ) AS f
         FULL JOIN (
             SELECT * FROM carried_totals
-            WHERE kind IN ('deposit', 'grant', 'refund', 'adjustment', 'reversal')
+            WHERE kind IN (
+                'deposit', 'grant', 'refund', 'adjustment', 'reversal', 'credit_expiry'
+            )
         ) AS c USING (account_id, kind)
         WHERE f.amount IS DISTINCT FROM c.posted
+        """,
+    ),
+    Invariant(
+        "expired_credits_were_granted",
+        "credits that expire were granted, and none expires before its time or twice",
+        _ACCOUNTS,
+        """
+        SELECT
+            account_id, granted_by AS grant_id, x.amount, g.amount AS granted, x.expired,
+            x.expires_at, e.amount AS expired_in_funding, e.first_at
+        FROM (SELECT *, grant_id::text AS granted_by FROM expiring_credits) AS x
+        FULL JOIN (
+            SELECT
+                account_id, split_part(external_id, ':', 1) AS granted_by,
+                -sum(amount) AS amount, min(at) AS first_at
+            FROM funding WHERE kind = 'credit_expiry' GROUP BY 1, 2
+        ) AS e USING (account_id, granted_by)
+        LEFT JOIN (
+            SELECT account_id, entry_id::text AS granted_by, amount FROM funding
+            WHERE kind = 'grant'
+        ) AS g USING (account_id, granted_by)
+        WHERE x.expired IS DISTINCT FROM coalesce(e.amount, 0)
+            OR x.amount IS DISTINCT FROM g.amount
+            OR e.first_at < x.expires_at
+        """,
+    ),
+    Invariant(
+        "refunds_within_price",
+        "no request is refunded more than its price, no money is reversed twice or in part",
+        "SELECT count(*) FROM funding WHERE subject_id IS NOT NULL",
+        """
+        SELECT
+            u.account_id, u.request_id AS subject_id, coalesce(u.price, 0) AS amount,
+            refunded(u.account_id, u.request_id) AS given_back
+        FROM (
+            SELECT DISTINCT account_id, subject_id FROM funding
+            WHERE kind = 'refund' AND subject_id IS NOT NULL
+        ) AS r
+        -- Of a month that was detached there is no price any more.
+        INNER JOIN usage AS u ON r.account_id = u.account_id AND r.subject_id = u.request_id
+        WHERE refunded(u.account_id, u.request_id) > coalesce(u.price, 0)
+        UNION ALL
+        SELECT r.account_id, r.subject_id, max(f.amount), -sum(r.amount)
+        FROM funding AS r
+        LEFT JOIN funding AS f ON r.account_id = f.account_id AND r.subject_id = f.entry_id
+        WHERE r.kind = 'reversal' AND r.subject_id IS NOT NULL
+        GROUP BY r.account_id, r.subject_id
+        HAVING count(*) > 1 OR max(f.amount) IS DISTINCT FROM -sum(r.amount)
         """,
     ),
     Invariant(
@@ -407,4 +453,5 @@ INVARIANTS = (
         )
         """,
     ),
+    *ROLLUPS,
 )

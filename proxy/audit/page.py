@@ -121,7 +121,8 @@ judged AS MATERIALIZED (
         u.cache_creation_1h_tokens, u.output_tokens, u.reasoning_tokens, u.audio_input_tokens,
         u.audio_output_tokens, u.image_input_tokens, u.image_output_tokens, u.images,
         u.input_characters, u.audio_ms, u.queries, u.cost_picos, u.cost_source,
-        u.rounding_attos, u.rule, u.markup_ppm, u.price_version, u.resolution, u.resolved_at
+        u.rounding_attos, u.rule, u.markup_ppm, u.price_version, u.resolution, u.resolved_at,
+        u.endpoint, u.quantity
     FROM requests AS r
     LEFT JOIN LATERAL (
         SELECT * FROM usage AS k
@@ -300,6 +301,8 @@ broken (invariant, account_id, detail) AS (
     FROM fresh AS f INNER JOIN page AS p ON f.account_id = p.account_id
     WHERE f.kind = 'hold' AND f.amount > 0
         AND f.posted_after - f.reserved_after + p.credit_limit < 0
+        -- The limit may have been lowered since.
+        AND f.posted_after - f.reserved_after + credit_limit_at(f.account_id, f.seq) < 0
     UNION ALL
     SELECT
         'funding_equals_entries', f.account_id, jsonb_build_object(
@@ -308,7 +311,9 @@ broken (invariant, account_id, detail) AS (
         )
     FROM fresh AS f
     LEFT JOIN funded AS d ON f.account_id = d.account_id AND f.request_id = d.entry_id
-    WHERE f.kind IN ('deposit', 'grant', 'refund', 'adjustment', 'reversal') AND (
+    WHERE f.kind IN (
+        'deposit', 'grant', 'refund', 'adjustment', 'reversal', 'credit_expiry'
+    ) AND (
         d.kind IS DISTINCT FROM f.kind OR d.amount IS DISTINCT FROM f.posted_delta
         OR d.amount IS DISTINCT FROM f.amount
     )
@@ -329,6 +334,57 @@ broken (invariant, account_id, detail) AS (
             SELECT 1 FROM detached_months AS m
             WHERE d.entry_id < uuid_floor((m.month + interval '1 month') AT TIME ZONE 'UTC')
         )
+    UNION ALL
+    SELECT
+        'expired_credits_were_granted', account_id, jsonb_build_object(
+            'grant_id', granted_by, 'amount', x.amount, 'granted', g.amount, 'expired', x.expired,
+            'expires_at', x.expires_at, 'expired_in_funding', e.amount, 'first_at', e.first_at
+        )
+    FROM (
+        SELECT k.*, k.grant_id::text AS granted_by FROM expiring_credits AS k
+        WHERE k.account_id > %(after)s AND k.account_id <= %(last)s
+    ) AS x
+    FULL JOIN (
+        SELECT
+            d.account_id, split_part(d.external_id, ':', 1) AS granted_by,
+            -sum(d.amount) AS amount, min(d.at) AS first_at
+        FROM funded AS d WHERE d.kind = 'credit_expiry' GROUP BY 1, 2
+    ) AS e USING (account_id, granted_by)
+    LEFT JOIN (
+        SELECT d.account_id, d.entry_id::text AS granted_by, d.amount FROM funded AS d
+        WHERE d.kind = 'grant'
+    ) AS g USING (account_id, granted_by)
+    WHERE x.expired IS DISTINCT FROM coalesce(e.amount, 0)
+        OR x.amount IS DISTINCT FROM g.amount
+        OR e.first_at < x.expires_at
+    UNION ALL
+    SELECT
+        'refunds_within_price', r.account_id, jsonb_build_object(
+            'subject_id', r.subject_id, 'amount', coalesce(u.price, 0),
+            'given_back', refunded(r.account_id, r.subject_id)
+        )
+    FROM (
+        SELECT DISTINCT d.account_id, d.subject_id FROM funded AS d
+        INNER JOIN page AS p ON d.account_id = p.account_id
+        WHERE d.kind = 'refund' AND d.subject_id IS NOT NULL AND d.at >= p.from_at
+    ) AS r
+    CROSS JOIN LATERAL (
+        SELECT k.price FROM usage AS k
+        WHERE k.account_id = r.account_id AND k.request_id = r.subject_id OFFSET 0
+    ) AS u
+    WHERE refunded(r.account_id, r.subject_id) > coalesce(u.price, 0)
+    UNION ALL
+    SELECT
+        'refunds_within_price', d.account_id, jsonb_build_object(
+            'subject_id', d.subject_id, 'amount', max(f.amount), 'given_back', -sum(d.amount)
+        )
+    FROM funded AS d
+    INNER JOIN page AS p ON d.account_id = p.account_id
+    LEFT JOIN funded AS f ON d.account_id = f.account_id AND d.subject_id = f.entry_id
+    WHERE d.kind = 'reversal' AND d.subject_id IS NOT NULL
+    GROUP BY d.account_id, d.subject_id
+    HAVING max(d.at) >= max(p.from_at)
+        AND (count(*) > 1 OR max(f.amount) IS DISTINCT FROM -sum(d.amount))
     UNION ALL
     SELECT
         'counters_equal_open_holds', account_id, jsonb_build_object(
@@ -365,13 +421,14 @@ SELECT
     NULL::bigint AS images, NULL::bigint AS input_characters, NULL::bigint AS audio_ms,
     NULL::bigint AS queries, NULL::bigint AS cost_picos, NULL::bigint AS price,
     NULL::bigint AS rounding_attos, NULL AS rule, NULL::bigint AS markup_ppm,
-    NULL::integer AS price_version, NULL AS resolution
+    NULL::integer AS price_version, NULL AS resolution, NULL AS endpoint,
+    NULL::bigint AS quantity
 FROM broken AS b
 UNION ALL
 SELECT
     'counted', NULL, NULL, c.accounts, c.entries, c.requests, NULL, NULL, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-    NULL, NULL, NULL, NULL
+    NULL, NULL, NULL, NULL, NULL, NULL
 FROM counted AS c
 UNION ALL
 SELECT
@@ -380,6 +437,6 @@ SELECT
     j.output_tokens, j.reasoning_tokens, j.audio_input_tokens, j.audio_output_tokens,
     j.image_input_tokens, j.image_output_tokens, j.images, j.input_characters, j.audio_ms,
     j.queries, j.cost_picos, j.price, j.rounding_attos, j.rule, j.markup_ppm, j.price_version,
-    j.resolution
+    j.resolution, j.endpoint, j.quantity
 FROM judged AS j WHERE j.price IS NOT NULL
 """

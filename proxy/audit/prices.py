@@ -11,10 +11,11 @@ import psycopg
 from psycopg.rows import dict_row
 
 from pricing.errors import PricingError
+from pricing.markup import Charge
 from pricing.money import PICOS_PER_NANO
 from pricing.price_book import Markup, PriceBook, Rule, parse_price_book
 from proxy.audit.findings import Finding
-from proxy.recompute import BY_HAND, charge_of
+from proxy.recompute import BY_HAND, CHARGES, action_of, charge_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ class PriceCheck:
         self._recomputed.checked += 1
         if row["rule"] == BY_HAND and row["resolution"] in {"charge", "reprice"}:
             return  # it stands in the trail, and whether it covers the cost was decided
-        if isinstance(found, _Book):
+        if isinstance(found, _Book) and row["endpoint"] == CHARGES:
+            problem = _action_difference(row, found)
+        elif isinstance(found, _Book):
             rule = found.book.select(str(row["account_id"]), row["tier"], row["model"])
             problem = _difference(row, rule, found.nanos_per_credit)
         else:
@@ -88,13 +91,25 @@ def _difference(row: Mapping[str, Any], rule: Rule, nanos_per_credit: int) -> di
     except PricingError as error:
         return {"error": f"it can't be priced: {error}"}
     is_markup = isinstance(rule.terms, Markup) and not row["byok"]
+    markup_ppm = rule.terms.factor_ppm if is_markup and isinstance(rule.terms, Markup) else None
+    return _wrong(row, expected, markup_ppm)
+
+
+def _action_difference(row: Mapping[str, Any], found: _Book) -> dict[str, Any]:
+    """As `_difference`, of a metered action."""
+    try:
+        expected = action_of(row, found.book, found.nanos_per_credit)
+    except PricingError as error:
+        return {"error": f"it can't be priced: {error}"}
+    return _wrong(row, expected, None)
+
+
+def _wrong(row: Mapping[str, Any], expected: Charge, markup_ppm: int | None) -> dict[str, Any]:
     values = {
         "price": expected.price_nanos,
         "rounding_attos": expected.rounding_attos,
         "rule": expected.rule,
-        "markup_ppm": rule.terms.factor_ppm
-        if is_markup and isinstance(rule.terms, Markup)
-        else None,
+        "markup_ppm": markup_ppm,
     }
     wrong = {name: value for name, value in values.items() if row[name] != value}
     return {name: row[name] for name in wrong} | {

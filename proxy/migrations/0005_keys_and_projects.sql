@@ -664,13 +664,26 @@ BEGIN
     IF NOT FOUND THEN
         RETURN false;
     END IF;
+    IF v_key.project_id IS NOT NULL THEN
+        -- Nor is it archived before the key is there to be revoked.
+        PERFORM 1 FROM projects AS p
+        WHERE p.account_id = p_account_id AND p.project_id = v_key.project_id
+            AND p.status = 'active'
+        FOR SHARE;
+        IF NOT FOUND THEN
+            RETURN false;
+        END IF;
+    END IF;
     INSERT INTO virtual_keys (
         account_id, key_id, key_hash, prefix, name, expires_at, allowed_models,
-        requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period
+        requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period, role,
+        project_id, allowed_endpoints, allowed_networks
     ) VALUES (
         p_account_id, v_key.key_id, p_key_hash, v_key.prefix, v_key.name, v_key.expires_at,
         v_key.allowed_models, v_key.requests_per_minute, v_key.tokens_per_minute,
-        v_key.max_concurrency, v_key.budget, coalesce(v_key.budget_period, 'total')
+        v_key.max_concurrency, v_key.budget, coalesce(v_key.budget_period, 'total'),
+        coalesce(v_key.role, 'inference'), v_key.project_id, v_key.allowed_endpoints,
+        v_key.allowed_networks
     );
     INSERT INTO scope_counters (account_id, scope_id) VALUES (p_account_id, v_key.key_id);
     INSERT INTO audit_trail VALUES (
@@ -800,9 +813,437 @@ SELECT
     NULL
 FROM open_holds AS h;
 
-REVOKE ALL ON FUNCTION admission_step, count_spending FROM PUBLIC;
+-- When each key was last used, to some seconds. One that never was has no row.
+CREATE TABLE key_uses (
+    account_id uuid NOT NULL,
+    key_id uuid NOT NULL,
+    last_used_at timestamptz NOT NULL,
+    PRIMARY KEY (account_id, key_id)
+) WITH (fillfactor = 50);
+
+-- What operators look keys up by, over all accounts.
+CREATE INDEX virtual_keys_by_id ON virtual_keys (key_id);
+CREATE INDEX virtual_keys_by_prefix ON virtual_keys (prefix COLLATE "C", key_id);
+
+-- Write down when keys were last used: so many seconds ago. Sorted, so that two replicas can't wait
+-- for each other, and the later time counts, whoever is later in saying so.
+CREATE FUNCTION note_key_uses(
+    p_account_ids uuid[], p_key_ids uuid[], p_ages_s double precision[]
+) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
+    INSERT INTO key_uses AS k
+    SELECT u.account_id, u.key_id, clock_timestamp() - make_interval(secs => u.age_s)
+    FROM unnest(p_account_ids, p_key_ids, p_ages_s) AS u(account_id, key_id, age_s)
+    ORDER BY u.account_id, u.key_id
+    ON CONFLICT (account_id, key_id) DO UPDATE
+    SET last_used_at = greatest(k.last_used_at, excluded.last_used_at)
+$$;
+
+-- The number of an account's first entry at or after p_at, by halving; one more than that of its
+-- last where there is none. Entries are numbered in the order of their times.
+CREATE FUNCTION first_seq_since(p_account_id uuid, p_at timestamptz) RETURNS bigint
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    v_low bigint := 1;
+    v_high bigint := (SELECT b.seq + 1 FROM balances AS b WHERE b.account_id = p_account_id);
+    v_middle bigint;
+    v_entry record;
+BEGIN
+    WHILE v_low < v_high LOOP
+        v_middle := (v_low + v_high) / 2;
+        -- Numbers of detached months are missing: the next one there is stands for them.
+        SELECT e.seq, e.at INTO v_entry FROM entries AS e
+        WHERE e.account_id = p_account_id AND e.seq >= v_middle ORDER BY e.seq LIMIT 1;
+        IF v_entry.at < p_at THEN
+            v_low := v_entry.seq + 1;
+        ELSE
+            v_high := v_middle;
+        END IF;
+    END LOOP;
+    RETURN v_low;
+END $$;
+
+-- What an account's entries p_first to p_last have taken, since p_since, of the budget of these keys
+-- or projects, in nano-USD: the sum that counting them one by one would have come to. A correction
+-- counts when its request ended, everything else when it was posted.
+CREATE FUNCTION spent_by(
+    p_account_id uuid, p_scope_ids uuid[], p_since timestamptz, p_first bigint, p_last bigint
+) RETURNS bigint
+LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+    SELECT coalesce(sum(-e.posted_delta), 0)::bigint
+    FROM entries AS e
+    INNER JOIN usage AS u
+        ON e.account_id = p_account_id AND u.account_id = p_account_id
+        AND e.request_id = u.request_id
+    WHERE e.seq BETWEEN p_first AND p_last AND e.posted_delta <> 0
+        AND CASE e.kind WHEN 'correction' THEN u.settled_at ELSE e.at END >= p_since
+        AND (u.key_id = ANY(p_scope_ids) OR u.project_id = ANY(p_scope_ids))
+$$;
+
+-- What the running period of a budget has taken so far: p_since is where it began, p_through the last
+-- entry that is in p_spent. Called with what an earlier call has answered it adds what came since,
+-- so that most of it can be added up before a lock for which every request of the account waits.
+CREATE FUNCTION spent_so_far(
+    p_account_id uuid, p_scope_ids uuid[], p_period text,
+    INOUT p_since timestamptz, INOUT p_through bigint, INOUT p_spent bigint
+)
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
+DECLARE
+    v_since constant timestamptz := period_start(p_period, clock_timestamp());
+    v_last constant bigint := (
+        SELECT b.seq FROM balances AS b WHERE b.account_id = p_account_id
+    );
+BEGIN
+    IF p_since IS DISTINCT FROM v_since THEN
+        p_since := v_since;
+        p_through := first_seq_since(p_account_id, v_since) - 1;
+        p_spent := 0;
+    END IF;
+    p_spent := p_spent + spent_by(p_account_id, p_scope_ids, v_since, p_through + 1, v_last);
+    p_through := v_last;
+END $$;
+
+-- A key and those in whose place it was put: it goes on with what they have used.
+CREATE FUNCTION key_line(p_account_id uuid, p_key_id uuid) RETURNS uuid[]
+LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+    WITH RECURSIVE line AS (
+        SELECT p_key_id AS key_id
+        UNION
+        SELECT k.key_id FROM line AS l
+        INNER JOIN virtual_keys AS k
+            ON k.account_id = p_account_id AND l.key_id = k.replaced_by
+    )
+    SELECT array_agg(l.key_id) FROM line AS l
+$$;
+
+-- Begin to count a key's or project's open holds, as if it had been limited when they were placed.
+-- Under the lock of the balance.
+CREATE FUNCTION count_open_holds(p_account_id uuid, p_scope_id uuid) RETURNS void
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    v_minute constant timestamptz := date_trunc('minute', clock_timestamp());
+BEGIN
+    WITH counted AS (
+        UPDATE open_holds AS h
+        SET
+            scopes = array_append(h.scopes, p_scope_id),
+            minute = coalesce(h.minute, date_trunc('minute', h.created_at))
+        WHERE h.account_id = p_account_id AND p_scope_id IN (h.key_id, h.project_id)
+            AND (h.scopes IS NULL OR p_scope_id <> ALL(h.scopes))
+        RETURNING h.amount, h.tokens, h.minute
+    )
+    UPDATE scope_counters AS c SET
+        minute = v_minute,
+        requests = CASE WHEN c.minute = v_minute THEN c.requests ELSE 0 END + t.requests,
+        tokens = CASE WHEN c.minute = v_minute THEN c.tokens ELSE 0 END + t.tokens,
+        holds = c.holds + t.holds,
+        reserved = c.reserved + t.amount
+    FROM (
+        SELECT
+            count(*)::integer AS holds, coalesce(sum(d.amount), 0)::bigint AS amount,
+            (count(*) FILTER (WHERE d.minute = v_minute))::integer AS requests,
+            coalesce(sum(d.tokens) FILTER (WHERE d.minute = v_minute), 0)::bigint AS tokens
+        FROM counted AS d
+    ) AS t
+    WHERE c.account_id = p_account_id AND c.scope_id = p_scope_id;
+END $$;
+
+-- What an act changed, for the audit trail: {before, after} of the members that p_changes names.
+CREATE FUNCTION changes_of(p_before jsonb, p_after jsonb, p_changes jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE STRICT
+RETURN (
+    SELECT jsonb_build_object(
+        'before', jsonb_object_agg(c.key, p_before -> c.key),
+        'after', jsonb_object_agg(c.key, p_after -> c.key)
+    )
+    FROM jsonb_each(p_changes) AS c (key, value)
+);
+
+-- Change a key: what p_changes names of {name, role, project_id, expires_at, allowed_models,
+-- allowed_endpoints, allowed_networks, requests_per_minute, tokens_per_minute, max_concurrency,
+-- budget, budget_period}; null takes a limit away. A limit that is new counts what is open already,
+-- a budget that is new or of another period what its running period has taken. Takes effect on the
+-- next authorization of every replica.
+--
+--   changed                             also where it says what is so already
+--   unknown                             there is no such key
+--   revoked                             it is no more to be changed
+--   unknown_project, archived_project   where the key was to go
+CREATE FUNCTION update_key(
+    p_account_id uuid, p_key_id uuid, p_changes jsonb, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+    v_old virtual_keys;
+    v_new virtual_keys;
+    v_status text;
+    v_since timestamptz;
+    v_through bigint;
+    v_spent bigint;
+BEGIN
+    SELECT * INTO v_old FROM virtual_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, key_line(p_account_id, p_key_id), v_new.budget_period, NULL, NULL, NULL
+        ) AS s;
+    END IF;
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM virtual_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_old.status = 'revoked' THEN
+        RETURN 'revoked';
+    END IF;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new.project_id IS DISTINCT FROM v_old.project_id AND v_new.project_id IS NOT NULL THEN
+        v_status := (
+            SELECT p.status FROM projects AS p
+            WHERE p.account_id = p_account_id AND p.project_id = v_new.project_id
+        );
+        IF v_status IS DISTINCT FROM 'active' THEN
+            RETURN coalesce(v_status, 'unknown') || '_project';
+        END IF;
+    END IF;
+    IF v_new IS NOT DISTINCT FROM v_old THEN
+        RETURN 'changed';
+    END IF;
+    UPDATE virtual_keys AS k SET
+        name = v_new.name, role = v_new.role, project_id = v_new.project_id,
+        expires_at = v_new.expires_at, allowed_models = v_new.allowed_models,
+        allowed_endpoints = v_new.allowed_endpoints, allowed_networks = v_new.allowed_networks,
+        requests_per_minute = v_new.requests_per_minute,
+        tokens_per_minute = v_new.tokens_per_minute, max_concurrency = v_new.max_concurrency,
+        budget = v_new.budget, budget_period = v_new.budget_period, version = k.version + 1
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id
+    RETURNING * INTO v_new;
+    IF v_new.is_limited AND NOT v_old.is_limited THEN
+        PERFORM count_open_holds(p_account_id, p_key_id);
+    END IF;
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, key_line(p_account_id, p_key_id), v_new.budget_period, v_since,
+            v_through, v_spent
+        ) AS s;
+        UPDATE scope_counters AS c SET period = v_since, spent = v_spent
+        WHERE c.account_id = p_account_id AND c.scope_id = p_key_id;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor, 'key.update',
+        jsonb_build_object('key_id', p_key_id) || changes_of(
+            to_jsonb(v_old), to_jsonb(v_new), p_changes
+        )
+    );
+    RETURN 'changed';
+END $$;
+
+-- Put a key in another's place, with the same settings and with what that one has used of its
+-- limits. The old one ends after p_overlap_s seconds, or at once where that is 0; from now on each
+-- of the two counts its own requests, and requests under way count for both.
+--
+--   rotated    done
+--   unknown    there is no such key
+--   revoked, expired, replaced   it has ended, or another was put in its place before
+--   closed     the account is
+CREATE FUNCTION rotate_key(
+    p_account_id uuid, p_key_id uuid, p_new_key_id uuid, p_key_hash bytea, p_prefix text,
+    p_overlap_s integer, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_old virtual_keys;
+    v_now timestamptz;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM virtual_keys AS k
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id FOR NO KEY UPDATE;
+    v_now := clock_timestamp();
+    IF v_old.key_id IS NULL THEN
+        RETURN 'unknown';
+    ELSIF v_old.status = 'revoked' THEN
+        RETURN 'revoked';
+    ELSIF v_old.replaced_by IS NOT NULL THEN
+        RETURN 'replaced';
+    ELSIF v_old.expires_at <= v_now THEN
+        RETURN 'expired';
+    END IF;
+    PERFORM 1 FROM accounts AS a WHERE a.account_id = p_account_id AND a.status <> 'closed';
+    IF NOT FOUND THEN
+        RETURN 'closed';
+    END IF;
+    INSERT INTO virtual_keys (
+        account_id, key_id, key_hash, prefix, name, expires_at, allowed_models,
+        requests_per_minute, tokens_per_minute, max_concurrency, budget, budget_period, role,
+        project_id, allowed_endpoints, allowed_networks
+    ) VALUES (
+        p_account_id, p_new_key_id, p_key_hash, p_prefix, v_old.name, v_old.expires_at,
+        v_old.allowed_models, v_old.requests_per_minute, v_old.tokens_per_minute,
+        v_old.max_concurrency, v_old.budget, v_old.budget_period, v_old.role, v_old.project_id,
+        v_old.allowed_endpoints, v_old.allowed_networks
+    );
+    INSERT INTO scope_counters
+    SELECT
+        c.account_id, p_new_key_id, c.minute, c.requests, c.tokens, c.holds, c.reserved, c.period,
+        c.spent
+    FROM scope_counters AS c WHERE c.account_id = p_account_id AND c.scope_id = p_key_id;
+    UPDATE open_holds AS h SET scopes = array_append(h.scopes, p_new_key_id)
+    WHERE h.account_id = p_account_id AND p_key_id = ANY(h.scopes);
+    UPDATE virtual_keys AS k SET
+        replaced_by = p_new_key_id, version = k.version + 1,
+        status = CASE p_overlap_s WHEN 0 THEN 'revoked' ELSE k.status END,
+        revoked_at = CASE p_overlap_s WHEN 0 THEN v_now END,
+        expires_at = CASE p_overlap_s
+            WHEN 0 THEN k.expires_at
+            ELSE least(k.expires_at, v_now + make_interval(secs => p_overlap_s))
+        END
+    WHERE k.account_id = p_account_id AND k.key_id = p_key_id;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_new_key_id, v_now, p_actor, 'key.rotate', jsonb_build_object(
+            'key_id', p_key_id, 'replaced_by', p_new_key_id, 'overlap_s', p_overlap_s
+        )
+    );
+    RETURN 'rotated';
+END $$;
+
+-- p_project is {name, budget, budget_period}. False if there is no such open account.
+CREATE FUNCTION create_project(
+    p_account_id uuid, p_project_id uuid, p_project jsonb, p_actor text
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+BEGIN
+    PERFORM 1 FROM accounts AS a WHERE a.account_id = p_account_id AND a.status <> 'closed';
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO projects (account_id, project_id, name, budget, budget_period) VALUES (
+        p_account_id, p_project_id, p_project ->> 'name', (p_project ->> 'budget')::bigint,
+        coalesce(p_project ->> 'budget_period', 'total')
+    );
+    INSERT INTO scope_counters (account_id, scope_id) VALUES (p_account_id, p_project_id);
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_project_id, clock_timestamp(), p_actor, 'project.create',
+        jsonb_build_object('project_id', p_project_id) || p_project
+    );
+    RETURN true;
+END $$;
+
+-- Change what p_changes names of {name, budget, budget_period}, as update_key does. Answers changed,
+-- unknown, or archived, which is no more to be changed.
+CREATE FUNCTION update_project(
+    p_account_id uuid, p_project_id uuid, p_changes jsonb, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+    v_old projects;
+    v_new projects;
+    v_since timestamptz;
+    v_through bigint;
+    v_spent bigint;
+BEGIN
+    SELECT * INTO v_old FROM projects AS p
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, ARRAY[p_project_id], v_new.budget_period, NULL, NULL, NULL
+        ) AS s;
+    END IF;
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM projects AS p
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_old.status = 'archived' THEN
+        RETURN 'archived';
+    END IF;
+    v_new := jsonb_populate_record(v_old, p_changes);
+    IF v_new IS NOT DISTINCT FROM v_old THEN
+        RETURN 'changed';
+    END IF;
+    UPDATE projects AS p SET
+        name = v_new.name, budget = v_new.budget, budget_period = v_new.budget_period
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
+    IF v_new.budget IS NOT NULL AND v_old.budget IS NULL THEN
+        PERFORM count_open_holds(p_account_id, p_project_id);
+    END IF;
+    IF v_new.budget IS NOT NULL AND (
+        v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
+    ) THEN
+        SELECT s.* INTO v_since, v_through, v_spent FROM spent_so_far(
+            p_account_id, ARRAY[p_project_id], v_new.budget_period, v_since, v_through, v_spent
+        ) AS s;
+        UPDATE scope_counters AS c SET period = v_since, spent = v_spent
+        WHERE c.account_id = p_account_id AND c.scope_id = p_project_id;
+    END IF;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, clock_timestamp(), p_actor, 'project.update',
+        jsonb_build_object('project_id', p_project_id) || changes_of(
+            to_jsonb(v_old), to_jsonb(v_new), p_changes
+        )
+    );
+    RETURN 'changed';
+END $$;
+
+-- Revoke a project's keys, at once and on every replica, and take no more of them. What it was
+-- called and what it used stays. Answers archived, also for one that was, or unknown.
+CREATE FUNCTION archive_project(
+    p_account_id uuid, p_project_id uuid, p_event_id uuid, p_actor text
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    v_status text;
+    v_keys jsonb;
+    v_now timestamptz;
+BEGIN
+    PERFORM 1 FROM balances AS b WHERE b.account_id = p_account_id FOR NO KEY UPDATE;
+    SELECT p.status INTO v_status FROM projects AS p
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'unknown';
+    ELSIF v_status = 'archived' THEN
+        RETURN 'archived';
+    END IF;
+    v_now := clock_timestamp();
+    UPDATE projects AS p SET status = 'archived', archived_at = v_now
+    WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
+    WITH revoked AS (
+        UPDATE virtual_keys AS k
+        SET status = 'revoked', revoked_at = v_now, version = k.version + 1
+        WHERE k.account_id = p_account_id AND k.project_id = p_project_id
+            AND k.status = 'active'
+        RETURNING k.key_id
+    )
+    SELECT coalesce(jsonb_agg(r.key_id ORDER BY r.key_id), '[]') INTO v_keys FROM revoked AS r;
+    INSERT INTO audit_trail VALUES (
+        p_account_id, p_event_id, v_now, p_actor, 'project.archive',
+        jsonb_build_object('project_id', p_project_id, 'revoked_keys', v_keys)
+    );
+    RETURN 'archived';
+END $$;
+
+REVOKE ALL ON FUNCTION
+admission_step, count_spending, note_key_uses, first_seq_since, spent_by, spent_so_far, key_line,
+count_open_holds, changes_of, update_key, rotate_key, create_project, update_project,
+archive_project
+FROM PUBLIC;
 REVOKE ALL ON FUNCTION admission_walk(
     integer, integer, boolean, bigint, bigint, bigint, integer, bigint, integer, bigint, bigint,
     integer, bigint, integer
 ) FROM PUBLIC;
-GRANT SELECT ON projects TO tallygate_app;
+GRANT SELECT ON projects, key_uses TO tallygate_app;
+GRANT EXECUTE ON FUNCTION
+update_key, rotate_key, note_key_uses, create_project, update_project, archive_project
+TO tallygate_app;

@@ -12,8 +12,8 @@ ADD COLUMN low_balance_threshold bigint CHECK (low_balance_threshold > 0),
 ADD COLUMN erased_at timestamptz;
 
 -- Receivers of the operator's. The secrets are in clear: what is sent is signed with them.
-CREATE TABLE webhook_endpoints (
-    endpoint_id uuid PRIMARY KEY,
+CREATE TABLE webhook_receivers (
+    receiver_id uuid PRIMARY KEY,
     url text NOT NULL CHECK (length(url) BETWEEN 1 AND 2000),
     description text NOT NULL CHECK (length(description) <= 200),
     -- NULL for every type.
@@ -26,7 +26,7 @@ CREATE TABLE webhook_endpoints (
     old_secret text,
     old_secret_until timestamptz,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    CONSTRAINT webhook_endpoints_old_secret_ends CHECK (
+    CONSTRAINT webhook_receivers_old_secret_ends CHECK (
         num_nonnulls(old_secret, old_secret_until) <> 1
     )
 );
@@ -53,7 +53,7 @@ CREATE TABLE webhook_counts (
 CREATE TABLE webhook_deliveries (
     account_id uuid NOT NULL,
     number bigint NOT NULL,
-    endpoint_id uuid NOT NULL,
+    receiver_id uuid NOT NULL,
     event_id uuid NOT NULL,
     status text NOT NULL CHECK (status IN ('pending', 'delivered', 'failed')),
     queued_at timestamptz NOT NULL,
@@ -62,10 +62,10 @@ CREATE TABLE webhook_deliveries (
     -- What the receiver answered; NULL where it did not.
     last_status integer,
     last_error text,
-    PRIMARY KEY (account_id, number, endpoint_id)
+    PRIMARY KEY (account_id, number, receiver_id)
 );
-CREATE INDEX webhook_deliveries_by_endpoint ON webhook_deliveries (endpoint_id, event_id);
-CREATE INDEX webhook_deliveries_pending ON webhook_deliveries (account_id, endpoint_id, number)
+CREATE INDEX webhook_deliveries_by_receiver ON webhook_deliveries (receiver_id, event_id);
+CREATE INDEX webhook_deliveries_pending ON webhook_deliveries (account_id, receiver_id, number)
 WHERE status = 'pending';
 CREATE INDEX webhook_deliveries_unfinished ON webhook_deliveries (status, queued_at)
 WHERE status <> 'delivered';
@@ -74,11 +74,11 @@ WHERE status <> 'delivered';
 -- arrive in order. Whoever tries it moves due_at to when the lease of it ends.
 CREATE TABLE webhook_lanes (
     account_id uuid NOT NULL,
-    endpoint_id uuid NOT NULL,
+    receiver_id uuid NOT NULL,
     due_at timestamptz NOT NULL,
-    PRIMARY KEY (account_id, endpoint_id)
+    PRIMARY KEY (account_id, receiver_id)
 );
-CREATE INDEX webhook_lanes_by_due ON webhook_lanes (endpoint_id, due_at);
+CREATE INDEX webhook_lanes_by_due ON webhook_lanes (receiver_id, due_at);
 
 -- What was told and is still so: see watch_page. `mark` tells one time from the next, where the
 -- same may begin anew unseen: the budget's period.
@@ -105,12 +105,12 @@ WHERE budget IS NOT NULL;
 
 -- Write an event, for every receiver that takes its type or, where one is named, for that alone.
 CREATE FUNCTION put_webhook_event(
-    p_account_id uuid, p_event_id uuid, p_type text, p_data jsonb, p_endpoint_id uuid
+    p_account_id uuid, p_event_id uuid, p_type text, p_data jsonb, p_receiver_id uuid
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = tallygate, pg_temp AS $$
 DECLARE
     v_number bigint;
-    v_endpoint_id uuid;
+    v_receiver_id uuid;
     v_now constant timestamptz := clock_timestamp();
 BEGIN
     INSERT INTO webhook_counts AS c VALUES (p_account_id, 1)
@@ -118,21 +118,21 @@ BEGIN
     RETURNING c.events INTO v_number;
     INSERT INTO webhook_events
     VALUES (p_account_id, v_number, p_event_id, p_type, p_data, v_now);
-    FOR v_endpoint_id IN
-        SELECT e.endpoint_id FROM webhook_endpoints AS e
+    FOR v_receiver_id IN
+        SELECT e.receiver_id FROM webhook_receivers AS e
         WHERE CASE
-            WHEN p_endpoint_id IS NULL THEN coalesce(p_type = ANY(e.event_types), true)
-            ELSE e.endpoint_id = p_endpoint_id
+            WHEN p_receiver_id IS NULL THEN coalesce(p_type = ANY(e.event_types), true)
+            ELSE e.receiver_id = p_receiver_id
         END
-        ORDER BY e.endpoint_id
+        ORDER BY e.receiver_id
         FOR KEY SHARE  -- none of them is deleted meanwhile
     LOOP
         INSERT INTO webhook_deliveries (
-            account_id, number, endpoint_id, event_id, status, queued_at
-        ) VALUES (p_account_id, v_number, v_endpoint_id, p_event_id, 'pending', v_now);
+            account_id, number, receiver_id, event_id, status, queued_at
+        ) VALUES (p_account_id, v_number, v_receiver_id, p_event_id, 'pending', v_now);
         -- The lane may be ended by whoever delivered the last of it: DO NOTHING would not wait.
-        INSERT INTO webhook_lanes AS l VALUES (p_account_id, v_endpoint_id, v_now)
-        ON CONFLICT (account_id, endpoint_id) DO UPDATE SET due_at = l.due_at;
+        INSERT INTO webhook_lanes AS l VALUES (p_account_id, v_receiver_id, v_now)
+        ON CONFLICT (account_id, receiver_id) DO UPDATE SET due_at = l.due_at;
     END LOOP;
 END $$;
 
@@ -272,7 +272,7 @@ END $$;
 
 -- Take up to p_limit events that are due for a receiver, each the oldest pending of its account, for
 -- p_lease_s: whoever takes longer may find that somebody else sent it too.
-CREATE FUNCTION claim_webhooks(p_endpoint_id uuid, p_limit integer, p_lease_s double precision)
+CREATE FUNCTION claim_webhooks(p_receiver_id uuid, p_limit integer, p_lease_s double precision)
 RETURNS TABLE (
     account_id uuid, number bigint, event_id uuid, type text, data jsonb, at timestamptz,
     attempts integer, lease timestamptz
@@ -288,17 +288,17 @@ BEGIN
     lease := clock_timestamp() + make_interval(secs => p_lease_s);
     FOR v_lane IN
         SELECT l.account_id, l.due_at FROM webhook_lanes AS l
-        WHERE l.endpoint_id = p_endpoint_id AND l.due_at <= clock_timestamp()
+        WHERE l.receiver_id = p_receiver_id AND l.due_at <= clock_timestamp()
             AND EXISTS (
-                SELECT 1 FROM webhook_endpoints AS e
-                WHERE e.endpoint_id = p_endpoint_id AND e.status = 'active'
+                SELECT 1 FROM webhook_receivers AS e
+                WHERE e.receiver_id = p_receiver_id AND e.status = 'active'
             )
         -- Others take from the same end.
         ORDER BY l.due_at LIMIT 4 * p_limit
     LOOP
         EXIT WHEN v_taken = p_limit;
         PERFORM 1 FROM webhook_lanes AS l
-        WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id
+        WHERE l.account_id = v_lane.account_id AND l.receiver_id = p_receiver_id
             AND l.due_at = v_lane.due_at
         FOR UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND;
@@ -308,16 +308,16 @@ BEGIN
         INNER JOIN webhook_events AS e
             ON d.account_id = e.account_id AND d.number = e.number
             AND e.account_id = v_lane.account_id
-        WHERE d.account_id = v_lane.account_id AND d.endpoint_id = p_endpoint_id
+        WHERE d.account_id = v_lane.account_id AND d.receiver_id = p_receiver_id
             AND d.status = 'pending'
         ORDER BY d.number LIMIT 1;
         IF NOT FOUND THEN  -- it was forgotten for its age, or erased
             DELETE FROM webhook_lanes AS l
-            WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id;
+            WHERE l.account_id = v_lane.account_id AND l.receiver_id = p_receiver_id;
             CONTINUE;
         END IF;
         UPDATE webhook_lanes AS l SET due_at = lease
-        WHERE l.account_id = v_lane.account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = v_lane.account_id AND l.receiver_id = p_receiver_id;
         v_taken := v_taken + 1;
         RETURN NEXT;
     END LOOP;
@@ -331,7 +331,7 @@ END $$;
 --   failed      nobody took it for p_give_up_s since it was queued; the next of the account is due
 --   lost        the lease was over, and somebody else has it
 CREATE FUNCTION finish_webhook(
-    p_account_id uuid, p_endpoint_id uuid, p_number bigint, p_lease timestamptz, p_outcome text,
+    p_account_id uuid, p_receiver_id uuid, p_number bigint, p_lease timestamptz, p_outcome text,
     p_status integer, p_error text, p_retry_s double precision, p_give_up_s double precision
 ) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
@@ -342,11 +342,11 @@ DECLARE
     v_outcome text;
 BEGIN
     IF p_outcome = 'gone' THEN
-        UPDATE webhook_endpoints AS e SET status = 'paused', is_gone = true
-        WHERE e.endpoint_id = p_endpoint_id AND e.status = 'active';
+        UPDATE webhook_receivers AS e SET status = 'paused', is_gone = true
+        WHERE e.receiver_id = p_receiver_id AND e.status = 'active';
     END IF;
     PERFORM 1 FROM webhook_lanes AS l
-    WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id AND l.due_at = p_lease
+    WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id AND l.due_at = p_lease
     FOR UPDATE;
     IF NOT FOUND THEN
         RETURN 'lost';
@@ -361,134 +361,134 @@ BEGIN
         END,
         attempts = d.attempts + 1, last_attempt_at = v_now, last_status = p_status,
         last_error = p_error
-    WHERE d.account_id = p_account_id AND d.number = p_number AND d.endpoint_id = p_endpoint_id
+    WHERE d.account_id = p_account_id AND d.number = p_number AND d.receiver_id = p_receiver_id
     RETURNING d.status INTO v_outcome;
     IF v_outcome = 'pending' THEN
         UPDATE webhook_lanes AS l SET due_at = v_now + make_interval(secs => p_retry_s)
-        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id;
         RETURN v_outcome;
     END IF;
     PERFORM 1 FROM webhook_deliveries AS d
-    WHERE d.account_id = p_account_id AND d.endpoint_id = p_endpoint_id AND d.status = 'pending'
+    WHERE d.account_id = p_account_id AND d.receiver_id = p_receiver_id AND d.status = 'pending'
     LIMIT 1;
     IF FOUND THEN
         UPDATE webhook_lanes AS l SET due_at = v_now
-        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id;
     ELSE
         DELETE FROM webhook_lanes AS l
-        WHERE l.account_id = p_account_id AND l.endpoint_id = p_endpoint_id;
+        WHERE l.account_id = p_account_id AND l.receiver_id = p_receiver_id;
     END IF;
     RETURN coalesce(v_outcome, 'lost');
 END $$;
 
 CREATE FUNCTION create_webhook(
-    p_endpoint_id uuid, p_url text, p_description text, p_event_types text[], p_secret text,
+    p_receiver_id uuid, p_url text, p_description text, p_event_types text[], p_secret text,
     p_actor text
 ) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp AS $$
 BEGIN
-    INSERT INTO webhook_endpoints (endpoint_id, url, description, event_types, secret)
-    VALUES (p_endpoint_id, p_url, p_description, p_event_types, p_secret);
+    INSERT INTO webhook_receivers (receiver_id, url, description, event_types, secret)
+    VALUES (p_receiver_id, p_url, p_description, p_event_types, p_secret);
     INSERT INTO audit_trail VALUES (
-        '00000000-0000-0000-0000-000000000000', p_endpoint_id, clock_timestamp(), p_actor,
-        'webhook.create', jsonb_build_object('endpoint_id', p_endpoint_id, 'url', p_url)
+        '00000000-0000-0000-0000-000000000000', p_receiver_id, clock_timestamp(), p_actor,
+        'webhook.create', jsonb_build_object('receiver_id', p_receiver_id, 'url', p_url)
     );
 END $$;
 
 -- p_change has those of {url, description, event_types, status} that change. What is pending for a
 -- receiver that is active again is due at once, with all of its time. False if there is no such.
 CREATE FUNCTION change_webhook(
-    p_endpoint_id uuid, p_change jsonb, p_event_id uuid, p_actor text
+    p_receiver_id uuid, p_change jsonb, p_event_id uuid, p_actor text
 ) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 DECLARE
-    v_new webhook_endpoints;
-    v_old webhook_endpoints;
+    v_new webhook_receivers;
+    v_old webhook_receivers;
     v_now constant timestamptz := clock_timestamp();
 BEGIN
-    SELECT * INTO v_old FROM webhook_endpoints AS e
-    WHERE e.endpoint_id = p_endpoint_id FOR NO KEY UPDATE;
+    SELECT * INTO v_old FROM webhook_receivers AS e
+    WHERE e.receiver_id = p_receiver_id FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
     v_new := jsonb_populate_record(v_old, p_change);
-    UPDATE webhook_endpoints AS e SET
+    UPDATE webhook_receivers AS e SET
         url = v_new.url, description = v_new.description, event_types = v_new.event_types,
         status = v_new.status, is_gone = e.is_gone AND v_new.status = 'paused'
-    WHERE e.endpoint_id = p_endpoint_id;
+    WHERE e.receiver_id = p_receiver_id;
     IF v_old.status = 'paused' AND v_new.status = 'active' THEN
-        UPDATE webhook_lanes AS l SET due_at = v_now WHERE l.endpoint_id = p_endpoint_id;
+        UPDATE webhook_lanes AS l SET due_at = v_now WHERE l.receiver_id = p_receiver_id;
         UPDATE webhook_deliveries AS d SET queued_at = v_now
-        WHERE d.endpoint_id = p_endpoint_id AND d.status = 'pending';
+        WHERE d.receiver_id = p_receiver_id AND d.status = 'pending';
     END IF;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, v_now, p_actor, 'webhook.change',
-        p_change || jsonb_build_object('endpoint_id', p_endpoint_id)
+        p_change || jsonb_build_object('receiver_id', p_receiver_id)
     );
     RETURN true;
 END $$;
 
 -- Both secrets sign for p_overlap_s; one that was still signing from a rotation before does no more.
 CREATE FUNCTION rotate_webhook_secret(
-    p_endpoint_id uuid, p_secret text, p_overlap_s integer, p_event_id uuid, p_actor text
+    p_receiver_id uuid, p_secret text, p_overlap_s integer, p_event_id uuid, p_actor text
 ) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 BEGIN
-    UPDATE webhook_endpoints AS e SET
+    UPDATE webhook_receivers AS e SET
         secret = p_secret, old_secret = e.secret,
         old_secret_until = clock_timestamp() + make_interval(secs => p_overlap_s)
-    WHERE e.endpoint_id = p_endpoint_id;
+    WHERE e.receiver_id = p_receiver_id;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
         'webhook.rotate', jsonb_build_object(
-            'endpoint_id', p_endpoint_id, 'overlap_s', p_overlap_s
+            'receiver_id', p_receiver_id, 'overlap_s', p_overlap_s
         )
     );
     RETURN true;
 END $$;
 
 -- What was pending for it is forgotten; the events stay for others. False if there is no such.
-CREATE FUNCTION delete_webhook(p_endpoint_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
+CREATE FUNCTION delete_webhook(p_receiver_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 DECLARE
     v_url text;
 BEGIN
-    DELETE FROM webhook_endpoints AS e WHERE e.endpoint_id = p_endpoint_id
+    DELETE FROM webhook_receivers AS e WHERE e.receiver_id = p_receiver_id
     RETURNING e.url INTO v_url;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    DELETE FROM webhook_lanes AS l WHERE l.endpoint_id = p_endpoint_id;
-    DELETE FROM webhook_deliveries AS d WHERE d.endpoint_id = p_endpoint_id;
+    DELETE FROM webhook_lanes AS l WHERE l.receiver_id = p_receiver_id;
+    DELETE FROM webhook_deliveries AS d WHERE d.receiver_id = p_receiver_id;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
-        'webhook.delete', jsonb_build_object('endpoint_id', p_endpoint_id, 'url', v_url)
+        'webhook.delete', jsonb_build_object('receiver_id', p_receiver_id, 'url', v_url)
     );
     RETURN true;
 END $$;
 
 -- Queue an event that only tries whether a receiver gets it. False if there is no such receiver.
-CREATE FUNCTION test_webhook(p_endpoint_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
+CREATE FUNCTION test_webhook(p_receiver_id uuid, p_event_id uuid, p_actor text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off AS $$
 BEGIN
-    PERFORM 1 FROM webhook_endpoints AS e WHERE e.endpoint_id = p_endpoint_id FOR KEY SHARE;
+    PERFORM 1 FROM webhook_receivers AS e WHERE e.receiver_id = p_receiver_id FOR KEY SHARE;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
     PERFORM put_webhook_event(
         '00000000-0000-0000-0000-000000000000', p_event_id, 'webhook.test',
-        jsonb_build_object('endpoint_id', p_endpoint_id), p_endpoint_id
+        jsonb_build_object('receiver_id', p_receiver_id), p_receiver_id
     );
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_event_id, clock_timestamp(), p_actor,
-        'webhook.test', jsonb_build_object('endpoint_id', p_endpoint_id)
+        'webhook.test', jsonb_build_object('receiver_id', p_receiver_id)
     );
     RETURN true;
 END $$;
@@ -496,7 +496,7 @@ END $$;
 -- Queue events again for a receiver, or for the first time: the one of p_event_id, or all that it
 -- takes since p_since. Answers how many; NULL if there is no such receiver.
 CREATE FUNCTION replay_webhooks(
-    p_endpoint_id uuid, p_event_id uuid, p_since timestamptz, p_act_id uuid, p_actor text
+    p_receiver_id uuid, p_event_id uuid, p_since timestamptz, p_act_id uuid, p_actor text
 ) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = tallygate, pg_temp
 SET enable_seqscan = off SET plan_cache_mode = force_custom_plan
@@ -508,8 +508,8 @@ DECLARE
     v_numbers bigint[];
     v_queued integer;
 BEGIN
-    SELECT e.event_types INTO v_event_types FROM webhook_endpoints AS e
-    WHERE e.endpoint_id = p_endpoint_id FOR KEY SHARE;
+    SELECT e.event_types INTO v_event_types FROM webhook_receivers AS e
+    WHERE e.receiver_id = p_receiver_id FOR KEY SHARE;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
@@ -519,29 +519,29 @@ BEGIN
         WHEN p_event_id IS NULL
         THEN e.type <> 'webhook.test' AND coalesce(e.type = ANY(v_event_types), true)
         -- A test is for the receiver that it was made for.
-        ELSE e.type <> 'webhook.test' OR e.data ->> 'endpoint_id' = p_endpoint_id::text
+        ELSE e.type <> 'webhook.test' OR e.data ->> 'receiver_id' = p_receiver_id::text
     END
     AND e.event_id >= coalesce(p_event_id, uuid_floor(p_since))
     AND e.event_id <= coalesce(p_event_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
     -- The lanes first, and sorted, as whoever delivers takes them. One that waits for its next try
     -- waits no longer.
     INSERT INTO webhook_lanes AS l
-    SELECT DISTINCT a.account_id, p_endpoint_id, v_now FROM unnest(v_accounts) AS a (account_id)
+    SELECT DISTINCT a.account_id, p_receiver_id, v_now FROM unnest(v_accounts) AS a (account_id)
     ORDER BY a.account_id
-    ON CONFLICT (account_id, endpoint_id) DO UPDATE SET due_at = excluded.due_at;
+    ON CONFLICT (account_id, receiver_id) DO UPDATE SET due_at = excluded.due_at;
     INSERT INTO webhook_deliveries AS d (
-        account_id, number, endpoint_id, event_id, status, queued_at
+        account_id, number, receiver_id, event_id, status, queued_at
     )
-    SELECT e.account_id, e.number, p_endpoint_id, e.event_id, 'pending', v_now
+    SELECT e.account_id, e.number, p_receiver_id, e.event_id, 'pending', v_now
     FROM unnest(v_accounts, v_numbers) AS a (account_id, number)
     INNER JOIN webhook_events AS e ON a.account_id = e.account_id AND a.number = e.number
-    ON CONFLICT (account_id, number, endpoint_id) DO UPDATE SET
+    ON CONFLICT (account_id, number, receiver_id) DO UPDATE SET
         status = 'pending', queued_at = excluded.queued_at, attempts = 0;
     GET DIAGNOSTICS v_queued = ROW_COUNT;
     INSERT INTO audit_trail VALUES (
         '00000000-0000-0000-0000-000000000000', p_act_id, v_now, p_actor, 'webhook.replay',
         jsonb_build_object(
-            'endpoint_id', p_endpoint_id, 'event_id', p_event_id, 'since', p_since,
+            'receiver_id', p_receiver_id, 'event_id', p_event_id, 'since', p_since,
             'events', v_queued
         )
     );
@@ -564,7 +564,7 @@ BEGIN
         WHERE e.event_id < uuid_floor(clock_timestamp() - make_interval(secs => p_age_s))
             AND NOT EXISTS (
                 SELECT 1 FROM webhook_deliveries AS d
-                INNER JOIN webhook_endpoints AS r ON d.endpoint_id = r.endpoint_id
+                INNER JOIN webhook_receivers AS r ON d.receiver_id = r.receiver_id
                 WHERE d.account_id = e.account_id AND d.number = e.number
                     AND d.status = 'pending' AND r.status = 'active'
             )
@@ -586,13 +586,17 @@ RETURN (
     SELECT coalesce(jsonb_object_agg(d.key, CASE
         WHEN jsonb_typeof(d.value) IN ('number', 'boolean', 'null') THEN d.value
         WHEN d.key IN (
-            'budget_period', 'endpoint_id', 'event_id', 'expires_at', 'key_id', 'project_id',
+            'budget_period', 'receiver_id', 'event_id', 'expires_at', 'key_id', 'project_id',
             'reference', 'request_id', 'review_reason', 'role', 'source', 'status', 'tier'
         ) AND jsonb_typeof(d.value) = 'string' THEN d.value
         ELSE '"erased"'::jsonb
     END), '{}')
     FROM jsonb_each(p_detail) AS d (key, value)
 );
+
+-- What the service may be told to erase by itself.
+CREATE INDEX accounts_to_erase ON accounts (account_id)
+WHERE status = 'closed' AND erased_at IS NULL;
 
 -- Remove what tells of a person from a closed account, for good. Money stays, and so does what seals
 -- vouch for: entries with their reasons and references, usage, funding. Answers
@@ -634,6 +638,15 @@ BEGIN
         revoked_at = coalesce(k.revoked_at, clock_timestamp()), version = k.version + 1
     WHERE k.account_id = p_account_id;
     UPDATE projects AS p SET name = 'erased' WHERE p.account_id = p_account_id;
+    UPDATE charges AS c SET description = NULL, metadata = '{}', key_hash = NULL
+    WHERE c.account_id = p_account_id;
+    UPDATE recurring_charges AS c SET
+        description = NULL, metadata = '{}', key_hash = NULL, status = 'cancelled'
+    WHERE c.account_id = p_account_id;
+    UPDATE charges AS c SET description = NULL, metadata = '{}'
+    WHERE c.account_id = p_account_id AND (c.description IS NOT NULL OR c.metadata <> '{}');
+    UPDATE recurring_charges AS c SET description = NULL, metadata = '{}'
+    WHERE c.account_id = p_account_id;
     DELETE FROM idempotency_keys AS k WHERE k.account_id = p_account_id;
     DELETE FROM webhook_lanes AS l WHERE l.account_id = p_account_id;
     DELETE FROM webhook_deliveries AS d WHERE d.account_id = p_account_id;
@@ -686,7 +699,7 @@ rotate_webhook_secret, delete_webhook, test_webhook, replay_webhooks, purge_webh
 without_names, erase_account
 FROM PUBLIC;
 GRANT SELECT ON
-webhook_endpoints, webhook_events, webhook_counts, webhook_deliveries, webhook_lanes,
+webhook_receivers, webhook_events, webhook_counts, webhook_deliveries, webhook_lanes,
 webhook_told, webhook_watch
 TO tallygate_app;
 GRANT EXECUTE ON FUNCTION

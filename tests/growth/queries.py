@@ -9,6 +9,7 @@ from uuid import UUID
 import psycopg
 
 from proxy.db import make_pool
+from proxy.history import ANY_USAGE, EntryFilter, History
 from proxy.ledger import Ledger
 from proxy.reports import Reports
 from tests.growth.cpu import Cpu
@@ -35,27 +36,27 @@ async def read_all(url: str, keys: list[tuple[UUID, UUID]], *, times: int) -> li
     some = random.Random(2)
     samples = _samples(url, [some.choice(keys)[0] for _ in range(times)])
     async with make_pool(url, max_size=1) as pool:
-        reports, ledger = Reports(pool), Ledger(url, pool)
+        reports, ledger, history = Reports(pool), Ledger(url, pool), History(pool)
 
         async def deep_usage(account: UUID, _: "_Sample") -> object:
             before = None
             for _page in range(_DEEP):
-                page = await reports.usage(account, before=before, limit=_PAGE)
-                if len(page) < _PAGE:
+                page = await history.usage(account, ANY_USAGE, before=before, limit=_PAGE)
+                if len(page.rows) < _PAGE:
                     break
-                before = page[-1]["request_id"]
+                before = page.rows[-1]["request_id"]
             began = time.perf_counter()
-            await reports.usage(account, before=before, limit=_PAGE)
+            await history.usage(account, ANY_USAGE, before=before, limit=_PAGE)
             return time.perf_counter() - began
 
         queries: dict[str, Callable[[UUID, _Sample], Awaitable[object]]] = {
             "balance": lambda account, _: ledger.balance(account),
-            "newest page of usage": lambda account, _: reports.usage(
-                account, before=None, limit=_PAGE
+            "newest page of usage": lambda account, _: history.usage(
+                account, ANY_USAGE, before=None, limit=_PAGE
             ),
             f"{_DEEP}th page of usage, or the last": deep_usage,
-            "newest page of the ledger": lambda account, _: reports.entries(
-                account, before=None, limit=_PAGE
+            "newest page of the ledger": lambda account, _: history.entries(
+                account, EntryFilter(), before=None, limit=_PAGE
             ),
             "a receipt": lambda account, sample: reports.usage_row(account, sample.request_id),
             "whose a stored response is": lambda account, sample: reports.model_of_answer(

@@ -51,6 +51,18 @@ class Money:
             external_id,
         )
 
+    def fund_expiring(self, amount: int, external_id: str, in_s: float = 0) -> Row:
+        """Grant credits that expire in so many seconds."""
+        return self.one(
+            "SELECT * FROM fund_expiring(%s, %s, %s, 'test', %s, 'why', 'tester',"
+            " clock_timestamp() + make_interval(secs => %s))",
+            self.account_id,
+            uuid7(),
+            amount,
+            external_id,
+            in_s,
+        )
+
     def request(self, amount: int, **changes: object) -> dict[str, object]:
         return {
             "account_id": str(self.account_id),

@@ -110,6 +110,7 @@ async def test_usage_row_has_these_members_and_no_others(customer: Customer) -> 
             "output_tokens": 4,
             "reasoning_tokens": 2,
         },
+        "quantity": None,
         "price": {"credits": "0.002", "usd": "0.000002"},
     }
     assert row["created_at"].endswith("Z")

@@ -20,6 +20,7 @@ BOOK = {
             "allow_loss": True,
         },
     ],
+    "actions": {"message": "0.0001"},
 }
 
 
@@ -71,8 +72,40 @@ def ledger(account: NewAccount) -> Money:
     poor.settle(capture(poor.hold(100), 250))
     poor.hold(0)
     account()
+    # One whose credits expire: some are spent, some have expired, some are held yet.
+    thrifty = account(funds=5)
+    thrifty.fund_expiring(50, "used")
+    thrifty.settle(capture(thrifty.hold(20), 20))
+    thrifty.hold(10)
+    assert thrifty.one("SELECT expire_credits(10)") == (1,)
+    corrected(account(funds=1000))
     money.connection.execute("SET session_replication_role = replica")  # no triggers
     return money
+
+
+def corrected(money: Money) -> None:
+    """Let an account pay for an action, get it refunded twice, and go below zero for a while."""
+    action = {"endpoint": "charges", "model": "message"}
+    charge = {"rule": "actions.message", "markup_ppm": None, "cost_picos": 0, "quantity": 2}
+    request = money.hold(200, **action)
+    money.settle(capture(request, 200, **charge, input_tokens=None, output_tokens=None))
+    for reference in ("half", "the same half"):
+        row = money.one(
+            "SELECT outcome, entry_id FROM refund(%s, %s, %s, 100, %s, 'why', 'me')",
+            *(money.account_id, uuid4(), request["request_id"], reference),
+        )
+        assert row[0] == "posted"
+    reversed_by = money.one(
+        "SELECT outcome FROM reverse_funding(%s, %s, %s, 'twice', 'why', 'me')",
+        *(money.account_id, uuid4(), row[1]),
+    )
+    assert reversed_by == ("posted",)
+    money.fund(150, "goodwill", "refund")
+    money.fund(-150, "of old", "reversal")
+    limit = "SELECT outcome FROM set_credit_limit(%s, %s, 'why', %s, 'me')"
+    assert money.one(limit, money.account_id, 5000, uuid4()) == ("set",)
+    money.settle(void(money.hold(5900)))
+    assert money.one(limit, money.account_id, 0, uuid4()) == ("set",)
 
 
 def broken(url: str) -> dict[str, Finding]:
@@ -92,6 +125,50 @@ def test_an_empty_ledger_is_clean(database_url: str) -> None:
 
 
 BREAKS = {
+    "more refunded than the price": (
+        ("UPDATE funding SET subject_id = (SELECT request_id FROM usage WHERE quantity = 2)"
+        " WHERE external_id = 'goodwill'"),
+        {"refunds_within_price"},
+    ),
+    "money that was reversed twice": (
+        ("UPDATE funding SET subject_id = (SELECT subject_id FROM funding"
+        " WHERE external_id = 'twice') WHERE external_id = 'of old'"),
+        {"refunds_within_price"},
+    ),
+    "more of an action than was paid for": (
+        "UPDATE usage SET quantity = 3 WHERE quantity = 2",
+        {"charges_recompute"},
+    ),
+    "an action without its quantity": (
+        "UPDATE usage SET quantity = NULL WHERE quantity = 2",
+        {"charges_recompute"},
+    ),
+    "an action that is not in the book": (
+        "UPDATE usage SET model = 'letter' WHERE quantity = 2",
+        {"charges_recompute"},
+    ),
+    "a hold beyond a limit that never was": (
+        ("UPDATE audit_trail SET detail = detail || '{\"before\": 0}'"
+        " WHERE action = 'account.credit_limit' AND detail ->> 'credit_limit' = '0'"),
+        {"holds_within_available"},
+    ),
+    "credits that nobody granted": (
+        ("INSERT INTO expiring_credits SELECT account_id, gen_random_uuid(), 5, 5, 0, at, at, at"
+        " FROM funding WHERE kind = 'credit_expiry'"),
+        {"expired_credits_were_granted"},
+    ),
+    "credits that expired before their time": (
+        "UPDATE expiring_credits SET expires_at = now() + interval '1 hour'",
+        {"expired_credits_were_granted"},
+    ),
+    "more credits expired than are said to be": (
+        "UPDATE expiring_credits SET expired = expired - 1",
+        {"expired_credits_were_granted"},
+    ),
+    "an expiry of credits without its entry": (
+        "UPDATE entries SET kind = 'adjustment' WHERE kind = 'credit_expiry'",
+        {"funding_equals_entries"},
+    ),
     "a gap in the sequence": (
         "UPDATE entries SET seq = seq + 100 WHERE kind = 'adjustment'",
         {"sequence_without_gaps", "sequence_ends_at_balance"},
@@ -218,7 +295,7 @@ BREAKS = {
     ),
     "a grant of another amount": (
         "UPDATE funding SET amount = amount + 1 WHERE kind = 'grant'",
-        {"funding_equals_entries"},
+        {"funding_equals_entries", "expired_credits_were_granted"},
     ),
     "an adjustment that nobody made": (
         "DELETE FROM funding WHERE kind = 'adjustment'",
@@ -295,6 +372,16 @@ BREAKS = {
     "a price without a cost": (
         "UPDATE usage SET cost_picos = NULL WHERE price = 600",
         {"charges_recompute", "prices_cover_costs"},
+    ),
+    "a sum of requests that nobody made": (
+        ("INSERT INTO usage_rollups (account_id, hour, number, key_id, model, tier, endpoint,"
+        " status, requests) SELECT account_id, '2025-01-01Z', 1, key_id, 'm', 'default', 'e',"
+        " 'void', 1 FROM virtual_keys LIMIT 1"),
+        {"rollups_equal_usage", "rollups_equal_days"},
+    ),
+    "a sum of a day without its hours": (
+        "INSERT INTO usage_days VALUES ('2025-01-01', 'd', 'm', 'e', 'void', '', 1, 0, 0, 0, 0)",
+        {"rollups_equal_days"},
     ),
     "books with one side": (
         ("CREATE OR REPLACE VIEW double_entry AS SELECT account_id, request_id AS transaction_id,"

@@ -7,9 +7,9 @@ twenty thousand rows have come over four months, with statistics and without.
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,9 +18,11 @@ import psycopg
 import pytest
 
 from proxy.audit.page import BASES, PAGE
-from proxy.db import make_pool
+from proxy.db import Pool, make_pool
+from proxy.history import ANY_USAGE, EntryFilter, History, UsageFilter
 from proxy.ledger import Ledger
 from proxy.reports import Reports
+from proxy.summaries import Summaries
 from tests.growth import load
 from tests.integration.money import Money, capture, void
 from tests.support.postgres import Cluster
@@ -204,6 +206,11 @@ def pooled(grown: Money, work: Callable[[Reports, Ledger], Awaitable[object]]) -
                 await connection.execute("SELECT pg_stat_force_next_flush()")
             await ledger.close()
 
+    return taken(url, run)
+
+
+def taken(url: str, run: Callable[[], Coroutine[Any, Any, None]]) -> Reads:
+    """How many rows something takes."""
     with closing(psycopg.connect(url, autocommit=True)) as connection:
         before = _counters(connection)
         asyncio.run(run())
@@ -222,12 +229,6 @@ def _counters(connection: psycopg.Connection[Any]) -> dict[str, tuple[int, int]]
 
 READS: dict[str, Callable[[Reports, Ledger, UUID], Awaitable[object]]] = {
     "balance": lambda _, ledger, account: ledger.balance(account),
-    "newest page of usage": lambda reports, _, account: reports.usage(
-        account, before=None, limit=3
-    ),
-    "newest page of the ledger": lambda reports, _, account: reports.entries(
-        account, before=None, limit=3
-    ),
     "recent output": lambda reports, _, account: reports.recent_output_tokens(account, "model-1"),
     "a stored response": lambda reports, _, account: reports.model_of_answer(account, "resp_20"),
     "a scrape": lambda reports, _ledger, _account: reports.operations(),
@@ -239,6 +240,35 @@ def test_a_read_takes_few_rows(grown: Money) -> None:
     (account,) = grown.one("SELECT account_id FROM accounts WHERE name = 'grown 7'")
     for name, read in READS.items():
         found = pooled(grown, partial(_call, read, account))
+
+        assert {table: rows for table, rows in found.items() if rows > FEW} == {}, name
+
+
+def test_a_page_of_history_takes_few_rows(grown: Money) -> None:
+    (account,) = grown.one("SELECT account_id FROM accounts WHERE name = 'grown 7'")
+    url = grown.connection.info.dsn
+
+    async def run(read: Callable[[Pool], Awaitable[object]]) -> None:
+        async with make_pool(url, max_size=1) as pool:
+            await read(pool)
+            async with pool.connection() as connection:
+                await connection.execute("SELECT pg_stat_force_next_flush()")
+
+    an_hour = UsageFilter(since=datetime.now(UTC) - timedelta(hours=1), model="model-1")
+    pages: dict[str, Callable[[Pool], Awaitable[object]]] = {
+        "usage": lambda pool: History(pool).usage(account, ANY_USAGE, before=None, limit=3),
+        "an hour": lambda pool: History(pool).usage(account, an_hour, before=None, limit=3),
+        "an export": lambda pool: History(pool).usage_onwards(
+            account, ANY_USAGE, after=None, limit=3
+        ),
+        "ledger": lambda pool: History(pool).entries(account, EntryFilter(), before=None, limit=3),
+        "an hour's ledger": lambda pool: History(pool).entries(
+            account, EntryFilter(since=an_hour.since), before=None, limit=3
+        ),
+        "a summary": lambda pool: Summaries(pool).summary(account, an_hour, ["model"]),
+    }
+    for name, read in pages.items():
+        found = taken(url, partial(run, read))
 
         assert {table: rows for table, rows in found.items() if rows > FEW} == {}, name
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -114,3 +115,60 @@ async def test_example_of_the_package_does_not_replace_a_published_price_book(
     await prepare(database_url, 1_000_000, example, is_packaged=False)
     assert (await books.refresh()).version == 2
     await pool.close()
+
+
+OWN = {"default": {"kind": "markup", "factor": "3.0"}}
+OPERATORS = {"default": {"kind": "markup", "factor": "4.0"}}
+CREDIT = 1_000_000
+
+
+@pytest.mark.anyio
+async def test_a_restart_does_not_undo_what_an_operator_published(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make_pool(database_url) as pool:
+        books = PriceBooks(pool)
+        await prepare(database_url, CREDIT, OWN, is_packaged=False)
+        await books.publish(OPERATORS, nanos_per_credit=CREDIT, actor="ada")
+        await prepare(database_url, CREDIT, OWN, is_packaged=False)
+        assert (await books.refresh()).version == 2
+        assert not caplog.records
+
+        # A changed configuration is another matter, even one that says what is in force: the
+        # next restart must know that it has said so.
+        await prepare(database_url, CREDIT, OPERATORS, is_packaged=False)
+        assert (await books.refresh()).version == 3
+        assert [record.message for record in caplog.records] == ["price book published"]
+        await books.publish(OWN, nanos_per_credit=CREDIT, actor="ada")
+        await prepare(database_url, CREDIT, OPERATORS, is_packaged=False)
+        assert (await books.refresh()).version == 4
+
+
+@pytest.mark.anyio
+async def test_another_worth_of_a_credit_reaches_every_version_that_is_or_will_be_in_force(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    later = datetime.now(UTC) + timedelta(hours=1)
+    async with make_pool(database_url) as pool:
+        books = PriceBooks(pool)
+        await prepare(database_url, CREDIT, OWN, is_packaged=False)
+        await books.publish(OPERATORS, nanos_per_credit=CREDIT, actor="ada")
+        await books.publish(OWN, nanos_per_credit=CREDIT, actor="ada", valid_from=later)
+        with psycopg.connect(database_url) as owner:
+            owner.execute("UPDATE tallygate.meta SET value = '5' WHERE name = 'nanos_per_credit'")
+        for _ in range(2):
+            await prepare(database_url, 5, OWN, is_packaged=False)
+        rows = await books.versions(before=None, limit=9)
+    assert [
+        (row["version"], row["state"], row["nanos_per_credit"], row["published_by"]) for row in rows
+    ] == [
+        (5, "scheduled", 5, "ada"),
+        (4, "in_force", 5, "ada"),
+        (3, "overtaken", CREDIT, "ada"),
+        (2, "past", CREDIT, "ada"),
+        (1, "past", CREDIT, "config"),
+    ]
+    assert (rows[0]["valid_from"], rows[0]["document"]) == (later, rows[2]["document"])
+    assert rows[1]["document"] == rows[3]["document"]
+    (record,) = caplog.records
+    assert record.message.startswith("price book published again")

@@ -134,7 +134,7 @@ class World:
         """Make everything a month older, as far as budgets go."""
         self._admin.execute(
             "UPDATE scope_counters AS c SET period = c.period - interval '1 month'"
-            " FROM virtual_keys AS k WHERE c.key_id = k.key_id AND k.budget_period <> 'total'"
+            " FROM virtual_keys AS k WHERE c.scope_id = k.key_id AND k.budget_period <> 'total'"
         )
         for hold in self._holds():
             hold["settled"] -= timedelta(days=31)

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from proxy.api.routes import make_application
 from proxy.api.services import Services
 from proxy.app import assemble
+from proxy.key_uses import KeyUses
 from proxy.settings import load_settings
 from tests.support.service import ADMIN_KEY
 
@@ -27,6 +28,7 @@ class Api:
     """The application with its services; calls it as a client on `host` would."""
 
     services: Services
+    key_uses: KeyUses
     host: str = "127.0.0.1"
 
     def on(self, host: str) -> "Api":
@@ -44,7 +46,7 @@ class Api:
         headers: dict[str, str] = request.pop("headers", {})
         if key is not None:
             headers = {"authorization": f"Bearer {key}", **headers}
-        app = make_application(self.services, _no_lifespan)
+        app = make_application(self.services, no_lifespan)
         transport = httpx.ASGITransport(app, client=(self.host, 50_000))
         async with httpx.AsyncClient(transport=transport, base_url="http://tallygate") as client:
             return await client.request(method, path, headers=headers, **request)
@@ -82,27 +84,34 @@ class Api:
 
 
 @asynccontextmanager
-async def _no_lifespan(_: Starlette) -> AsyncGenerator[None]:
+async def no_lifespan(_: Starlette) -> AsyncGenerator[None]:
+    """Nothing runs in the background."""
     yield
 
 
 @asynccontextmanager
-async def open_api(url: str, directory: Path) -> AsyncGenerator[Api]:
-    """Put the services together on this database; nothing of them runs in the background."""
+async def open_api(url: str, directory: Path, **changes: Any) -> AsyncGenerator[Api]:
+    """Put the services together on this database; nothing of them runs in the background.
+
+    `changes` are settings that are not to be as the tests have them.
+    """
     settings = load_settings(
         {},
-        database_url=url,
-        litellm_url=LITELLM_URL,
-        admin_key=ADMIN_KEY,
-        ops_token=OPS_TOKEN,
-        data_dir=directory,
-        admission={"principal_cache_s": 60},
+        **{
+            "database_url": url,
+            "litellm_url": LITELLM_URL,
+            "admin_key": ADMIN_KEY,
+            "ops_token": OPS_TOKEN,
+            "data_dir": directory,
+            "admission": {"principal_cache_s": 60},
+            **changes,
+        },
     )
     parts = assemble(settings)
     services = parts.services
     await services.pool.open(wait=False)
     try:
-        yield Api(services)
+        yield Api(services, parts.key_uses)
     finally:
         services.spool.close()
         await services.ledger.close()

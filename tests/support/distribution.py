@@ -10,9 +10,11 @@ import psycopg
 DISTRIBUTED = frozenset(
     {
         "accounts", "audit_trail", "balances", "carried_floors", "carried_seams", "carried_totals",
-        "entries", "funding", "idempotency_keys", "open_holds", "projects", "scope_counters",
-        "seal_points", "usage", "virtual_keys", "webhook_counts", "webhook_deliveries",
-        "webhook_events", "webhook_lanes", "webhook_told",
+        "charges", "credit_allocations", "entries", "expiring_credits", "funding",
+        "idempotency_keys", "key_uses", "open_holds", "projects", "recurring_charges",
+        "scope_counters", "seal_points", "usage", "usage_active_days", "usage_dirty",
+        "usage_rollups", "virtual_keys", "webhook_counts", "webhook_deliveries", "webhook_events",
+        "webhook_lanes", "webhook_told",
     }
 )  # fmt: skip
 # On every node, because they are read beside accounts' rows and hardly ever written.
@@ -21,24 +23,32 @@ REFERENCE = {
     "price_book_cancellations": "read with price_books",
     "price_books": "receipts and the audit read it beside usage",
     "seals": "checks of seals join it to seal_points",
-    "webhook_endpoints": "what is pending is read beside it",
+    "usage_rollup_state": "summaries read it beside usage",
+    "webhook_receivers": "what is pending is read beside it",
 }
 # On the coordinator alone: about the whole ledger, and joined to nothing.
 LOCAL = {
+    "admin_keys": "one row an operator",
     "audit_runs": "one row an audit",
     "detached_months": "one row a month",
+    "model_switches": "a few rows, by operators",
+    "monthly_walk": "one row",
     "price_book_drafts": "a few rows, by operators",
     "reconciliations": "one row a comparison with a provider",
+    "usage_days": "sums over all accounts",
     "webhook_watch": "one row",
 }
 # Functions that look at all accounts, and why no request waits for them.
 OVER_ALL_ACCOUNTS = {
     "expire_holds": "the sweeper: finds what is due, and hands it to settle_batch by account",
+    "expire_credits": "the sweeper: finds what is due, and goes on by account",
+    "grant_monthly_credits": "a walk over all accounts in pages; each gets its credits by itself",
     "purge_idempotency_keys": "the sweeper",
     "seal_page": "once a day, accounts in pages",
     "seal_content": "once a day",
     "close_seal": "once a day",
     "watch_page": "the watch for webhooks, accounts in pages",
+    "claim_recurring_charges": "in the background: finds what is due",
     "claim_webhooks": "a receiver's events of all accounts; each is taken by account",
     "change_webhook": "by an operator: what is pending for a receiver",
     "delete_webhook": "by an operator: what is pending for a receiver",
@@ -46,6 +56,10 @@ OVER_ALL_ACCOUNTS = {
     "purge_webhook_events": "the watch for webhooks",
     "retention_obstacle": "once a month, by an operator",
     "detach_month": "once a month, by an operator",
+    "roll_up_usage": "once an hour; beside requests, not before them",
+    "refresh_rollups": "a few hours of a few accounts, every minute",
+    "sum_usage": "told the accounts by roll_up_usage and refresh_rollups",
+    "put_rollups": "told the accounts by roll_up_usage and refresh_rollups",
     "publish_price_book": "writes the trail of the whole house, under the nil account",
 }
 # The only function that a trigger may call: it refuses, and looks at nothing.

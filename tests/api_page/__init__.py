@@ -1,0 +1,1 @@
+"""docs/api.md, made of the service's OpenAPI document: `make api-docs`."""
