@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from proxy.admission import Admitted
 from proxy.endpoints import Endpoint
 from proxy.exchange import Exchange
+from proxy.ledger import Settlement
 from proxy.metering import Reading
 from proxy.repeats import Repeat
 from proxy.wire.request import Request
@@ -22,6 +23,10 @@ class Call:
     reading: Reading = field(default_factory=Reading)
     # Whether anything of the provider's answer has left for the client, or would have.
     has_delivered: bool = False
+    # What a stream that is whole comes to, from the moment that this is known.
+    settlement: Settlement | None = None
+    # Whether its settlement was handed to the settler, which makes it durable whatever follows.
+    is_settled: bool = False
 
     @property
     def endpoint(self) -> Endpoint:

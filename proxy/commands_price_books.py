@@ -54,19 +54,23 @@ async def _list(on: "Administration", _arguments: argparse.Namespace) -> Documen
 
 
 async def _show(on: "Administration", arguments: argparse.Namespace) -> Document:
+    from pricing.price_book import parse_price_book
+
     version: int | None = arguments.version
     if version is None:
         live = await on.price_books.in_force()
         version = 0 if live is None else live.version
     row = await _row(on, version)
-    return {**_shape(row), "document": row["document"]}
+    # As pricing writes it: PostgreSQL keeps members in an order of its own.
+    document = parse_price_book(row["document"]).canonical_document()
+    return {**_shape(row), "document": document}
 
 
 async def _diff(on: "Administration", arguments: argparse.Namespace) -> Document:
     from pricing.book_diff import diff_books
     from pricing.price_book import parse_price_book
     from proxy.administration import NotDoneError
-    from proxy.api.admin_price_drafts import difference
+    from proxy.api.price_answers import difference
 
     book = parse_price_book(_read(arguments.file))
     live = await on.price_books.in_force()

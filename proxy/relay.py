@@ -123,24 +123,24 @@ class Relay:
 
     async def _carry_out(self, call: Call, asked: Asked) -> None:
         """Forward an admitted request and settle it, whatever comes of it."""
-        exchange, reading = call.exchange, call.reading
+        exchange = call.exchange
         self._heartbeat.add(call.admitted.principal.account_id, exchange.request_id)
         if call.request.stream and call.endpoint.is_events:
             self._keep_alive.add(call)
         try:
             await self._forward(call, asked)
         except TallygateError as error:
-            if reading.duration_ms is None:  # not settled yet
+            if not call.is_settled:
                 await self._settler.submit(self._unfinished(call, error.code))
             raise
         except asyncio.CancelledError:
-            if reading.duration_ms is None:
+            if not call.is_settled:
                 # Nothing can be waited for any more; what is submitted is drained at the end.
                 self._settler.submit(self._unfinished(call, "shutdown"))
             raise
         except Exception:
             # A defect of ours. The hold must not wait for the sweeper because of it.
-            if reading.duration_ms is None:
+            if not call.is_settled:
                 await self._settler.submit(self._unfinished(call, "internal_error"))
             raise
         finally:
@@ -186,7 +186,12 @@ class Relay:
         return await self._upstream.post(endpoint.path, body, headers)
 
     def _unfinished(self, call: Call, code: str) -> Settlement:
-        """Settle a request that failed: for review if a part was delivered, else as void."""
+        """Settle a request that failed: for review if a part was delivered, else as void.
+
+        A stream that was delivered but for its last event is charged as the whole that it is.
+        """
+        if call.settlement is not None and call.has_delivered:
+            return call.settlement
         reading = call.reading
         reading.error_code = code
         reading.duration_ms = call.milliseconds()
@@ -216,6 +221,7 @@ class Relay:
             charged = call.admitted.credits_text(settlement.price)
             headers.append((b"x-tallygate-charge-credits", charged.encode()))
         await call.repeat.keep(call.exchange, headers, body)
+        call.is_settled = True
         await self._settler.settle(settlement)
         call.repeat.charged()
         await call.exchange.respond(_OK, body, headers)

@@ -22,6 +22,7 @@ import uvicorn
 
 from pricing.errors import PricingError
 from pricing.money import usd_text
+from proxy.connections import BoundedConnection
 from proxy.db import CONNECTION_ERRORS, make_pool, require_schema
 from proxy.errors import ConfigurationError
 from proxy.lifeline import SUPERVISOR_VARIABLE, die_with_supervisor
@@ -73,7 +74,9 @@ def serve(
         port=port,
         workers=workers,
         loop="uvloop",
-        http="httptools",
+        http=BoundedConnection,
+        # Nobody here speaks WebSocket.
+        ws="none",
         access_log=False,
         server_header=False,
         # Nothing is decided by a forwarded address; see api/ops for the one that looks at it.

@@ -75,7 +75,9 @@ class StreamRelay:
         settlement = self._settlement(call, meter, failure, is_whole=is_whole)
         tail = _tail(call, meter, settlement, None if is_whole else failure)
         if is_whole:
+            call.settlement = settlement
             await call.repeat.keep(exchange, headers, tail)
+        call.is_settled = True
         await self._settler.settle(settlement)
         if is_whole:
             call.repeat.charged()

@@ -4,7 +4,7 @@ A search for an actor or an action looks at a bounded number of acts and says wh
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -15,7 +15,10 @@ from proxy.ids import first_uuid7
 
 _SCANNED_ACTS = 10_000
 _LAST_UUID = UUID(int=2**128 - 1)
+_FIRST_UUID = UUID(int=0)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# How far the time of an id may be from that of its act: two clocks, of a proxy and of PostgreSQL.
+_SLACK = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Trail:
 
     async def acts(self, wanted: ActFilter, *, before: UUID | None, limit: int) -> Acts:
         """Find acts, newest first; cursor: event_id, which is a uuidv7 as well."""
-        is_any = wanted.actor is None and wanted.action is None
+        is_any = wanted in {ActFilter(), ActFilter(account_id=wanted.account_id)}
         scanned = limit if is_any else _SCANNED_ACTS
         async with (
             self._pool.connection() as connection,
@@ -60,13 +63,17 @@ class Trail:
                 " found AS (SELECT l.* FROM looked_at AS l"
                 " WHERE (%(actor)s::text IS NULL OR l.actor = %(actor)s)"
                 " AND (%(action)s::text IS NULL OR l.action = %(action)s)"
+                " AND (%(since)s::timestamptz IS NULL OR l.at >= %(since)s)"
+                " AND (%(until)s::timestamptz IS NULL OR l.at < %(until)s)"
                 " ORDER BY l.event_id DESC LIMIT %(limit)s)"
                 " SELECT f.*, e.scanned, e.last_event_id FROM (SELECT count(*) AS scanned,"
                 " (array_agg(l.event_id ORDER BY l.event_id))[1] AS last_event_id"
                 " FROM looked_at AS l) AS e LEFT JOIN found AS f ON true ORDER BY f.event_id DESC",
                 {
-                    "before": min(before or _LAST_UUID, _id_of(wanted.until, _LAST_UUID)),
-                    "from": _id_of(wanted.since, UUID(int=0)),
+                    "before": min(before or _LAST_UUID, _id_behind(wanted.until)),
+                    "from": _id_before(wanted.since),
+                    "since": wanted.since,
+                    "until": wanted.until,
                     "account_id": wanted.account_id,
                     "actor": wanted.actor,
                     "action": wanted.action,
@@ -83,5 +90,13 @@ class Trail:
         )
 
 
-def _id_of(moment: datetime | None, otherwise: UUID) -> UUID:
-    return otherwise if moment is None else first_uuid7(max(moment, _EPOCH))
+def _id_before(moment: datetime | None) -> UUID:
+    if moment is None or moment - _EPOCH <= _SLACK:
+        return _FIRST_UUID
+    return first_uuid7(moment - _SLACK)
+
+
+def _id_behind(moment: datetime | None) -> UUID:
+    if moment is None or datetime.max.replace(tzinfo=UTC) - moment <= _SLACK:
+        return _LAST_UUID
+    return first_uuid7(max(moment, _EPOCH) + _SLACK)

@@ -79,7 +79,7 @@ class AdminAccounts:
                 handler=self._change,
                 needs="support",
                 tag="accounts",
-                summary="Change how an account is served",
+                summary="Change an account's name, and how it is served",
                 body=AccountOptions,
                 answers=Account,
             ),
@@ -136,9 +136,12 @@ class AdminAccounts:
     async def _change(self, request: Request, operator: Operator) -> Response:
         account_id: UUID = (await account_in(request, self._accounts))["account_id"]
         body = await read_body(exchange_of(request), AccountOptions)
-        await self._accounts.set_options(
-            account_id, replay_retries=body.replay_retries, actor=operator.name
-        )
+        if body.name is not None:
+            await self._directory.rename(account_id, body.name, actor=operator.name)
+        if body.replay_retries is not None:
+            await self._accounts.set_options(
+                account_id, replay_retries=body.replay_retries, actor=operator.name
+            )
         return answer(self._shapes.account(await self._row(account_id)))
 
     async def _balance(self, request: Request, _operator: Operator) -> Response:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from pricing.money import MAX_AMOUNT
-from proxy.api.answers import AccountBalance, Balance, Money
+from proxy.api.answers import Balance, Money
 from proxy.api.bodies import Body, Credits, Name, Text, nanos_of, read_body
 from proxy.api.operations import Operation
 from proxy.api.paths import ADMIN_ACCOUNT, account_in
@@ -65,6 +65,12 @@ class CreditLimitBody(Body):
 
     credits: Credits
     reason: Reason
+
+
+class LimitedBalance(Balance):
+    """A balance with how far it may go below zero."""
+
+    credit_limit: Money
 
 
 class Correction(TypedDict):
@@ -136,7 +142,7 @@ class AdminCorrections:
                 tag="corrections",
                 summary="Set how far an account may go below zero",
                 body=CreditLimitBody,
-                answers=AccountBalance,
+                answers=LimitedBalance,
             ),
         ]
 

@@ -1,25 +1,30 @@
 """Drafts of price books: written, compared with what is in force, tried on usage, published."""
 
 import asyncio
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 from pydantic import AwareDatetime, Field
 from starlette.requests import Request
 from starlette.responses import Response
-from typing_extensions import TypedDict
 
-from pricing.book_diff import BookDiff, RuleChange, diff_books
+from pricing.book_diff import diff_books
 from pricing.errors import InvalidPriceBookError
-from pricing.money import decimal_text
-from pricing.price_book import PriceBook, Rule, parse_price_book, rule_document
-from proxy.api.answers import Money, Paged
+from pricing.price_book import PriceBook, parse_price_book
+from proxy.api.answers import Paged
 from proxy.api.bodies import Body, Name, read_body
 from proxy.api.operations import Operation
 from proxy.api.pages import PAGED_BY_UUID, page_by_uuid
 from proxy.api.paths import uuid_in
+from proxy.api.price_answers import (
+    DraftDiff,
+    DraftReplay,
+    PriceDraft,
+    difference,
+    draft_shape,
+    replayed,
+)
 from proxy.api.price_publication import (
     MAX_DOCUMENT_BYTES,
     PRICE_BOOKS,
@@ -30,18 +35,17 @@ from proxy.api.price_publication import (
     refused,
 )
 from proxy.api.services import Services
-from proxy.api.shapes import Shapes, utc
+from proxy.api.shapes import Shapes
 from proxy.api.web import answer, exchange_of
 from proxy.errors import ConflictError, InvalidRequestError, NotFoundError
 from proxy.operators import Operator
 from proxy.price_drafts import PriceDrafts, Row
-from proxy.price_replay import MAX_DAYS, PriceReplays, Replay, Sold
+from proxy.price_replay import MAX_DAYS, PriceReplays
 
 _DRAFTS = PRICE_BOOKS + "/drafts"
 _DRAFT = _DRAFTS + "/{draft_id}"
 _TAG = "price books"
 _FIRST_DAY = datetime(2000, 1, 1, tzinfo=UTC)
-_NANOCREDIT_DIGITS = 9
 
 
 class NewDraft(Body):
@@ -63,121 +67,6 @@ class Period(Body):
 
     since: AwareDatetime | None = Field(default=None, alias="from")
     until: AwareDatetime | None = None
-
-
-class PriceDraft(TypedDict):
-    """A price book that nobody is charged by; `published_version` once it was published."""
-
-    id: UUID
-    name: str
-    based_on: int | None
-    created_at: datetime
-    created_by: str
-    updated_at: datetime
-    published_version: int | None
-    document: dict[str, Any]
-
-
-class DefaultDiff(TypedDict):
-    """The default rule before and after."""
-
-    before: dict[str, Any]
-    after: dict[str, Any]
-
-
-class RuleDiff(TypedDict):
-    """A rule, known by whom it is for, before and after."""
-
-    change: Literal["added", "removed", "changed"]
-    account: str | None
-    tier: str | None
-    model: str | None
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
-
-
-class ActionDiff(TypedDict):
-    """The price of an action in credits, before and after."""
-
-    action: str
-    before: str | None
-    after: str | None
-
-
-class Difference(TypedDict):
-    """What a price book changes of the version in force.
-
-    `reordered`: patterns that may be for the same model are tried in another order than before.
-    """
-
-    live_version: int
-    unchanged: bool
-    default: DefaultDiff | None
-    rules: list[RuleDiff]
-    actions: list[ActionDiff]
-    reordered: bool
-
-
-class DraftDiff(Difference):
-    """What a draft changes of the version in force."""
-
-    draft_id: UUID
-
-
-class Revenue(TypedDict):
-    """What requests brought, what they would have brought under the draft, and the difference."""
-
-    now: Money
-    draft: Money
-    change: Money
-
-
-class ModelReplay(TypedDict):
-    """The requests of a model; null has those of all beyond the first thousand models."""
-
-    model: str | None
-    requests: int
-    revenue: Revenue
-
-
-class TierReplay(TypedDict):
-    """The requests of a tier."""
-
-    tier: str | None
-    requests: int
-    revenue: Revenue
-
-
-class Unpriced(TypedDict):
-    """Requests that would wait for a review, why, and what they brought now."""
-
-    reason: str
-    requests: int
-    revenue: Money
-
-
-class Waiting(TypedDict):
-    """Requests with no price now; `priced` of them have one under the draft, which is `revenue`."""
-
-    requests: int
-    priced: int
-    revenue: Money
-
-
-_Between = TypedDict("_Between", {"from": datetime, "until": datetime})
-
-
-class DraftReplay(_Between):
-    """A period's charged requests, sold once more under the draft."""
-
-    draft_id: UUID
-    requests: int
-    revenue: Revenue
-    models: list[ModelReplay]
-    tiers: list[TierReplay]
-    unpriced: list[Unpriced]
-    set_by_hand: int
-    waiting: Waiting
 
 
 class AdminPriceDrafts:
@@ -285,7 +174,7 @@ class AdminPriceDrafts:
     async def _list(self, request: Request, _operator: Operator) -> Response:
         page = page_by_uuid(request)
         rows = await self._drafts.drafts(before=page.before, limit=page.limit)
-        return answer(page.show(rows, "draft_id", _draft))
+        return answer(page.show(rows, "draft_id", draft_shape))
 
     async def _create(self, request: Request, operator: Operator) -> Response:
         body = await read_body(exchange_of(request), NewDraft, max_bytes=MAX_DOCUMENT_BYTES)
@@ -299,10 +188,10 @@ class AdminPriceDrafts:
         draft_id = await self._drafts.create(
             body.name, book.canonical_document(), actor=operator.name
         )
-        return answer(_draft(await self._row(draft_id)), 201)
+        return answer(draft_shape(await self._row(draft_id)), 201)
 
     async def _one(self, request: Request, _operator: Operator) -> Response:
-        return answer(_draft(await self._of(request)))
+        return answer(draft_shape(await self._of(request)))
 
     async def _change(self, request: Request, operator: Operator) -> Response:
         draft_id: UUID = (await self._of(request))["draft_id"]
@@ -313,7 +202,7 @@ class AdminPriceDrafts:
         )
         if outcome == "published":
             raise ConflictError("This draft was published, and stays as it is. Begin another.")
-        return answer(_draft(await self._row(draft_id)))
+        return answer(draft_shape(await self._row(draft_id)))
 
     async def _delete(self, request: Request, operator: Operator) -> Response:
         draft_id: UUID = (await self._of(request))["draft_id"]
@@ -344,7 +233,7 @@ class AdminPriceDrafts:
                 "draft_id": row["draft_id"],
                 "from": since,
                 "until": until,
-                **self._replayed(found),
+                **replayed(self._shapes, found),
             }
         )
 
@@ -375,44 +264,6 @@ class AdminPriceDrafts:
             raise _no_draft()
         return row
 
-    def _replayed(self, found: Replay) -> dict[str, object]:
-        unpriced = sorted(found.unpriced.items())
-        return {
-            "requests": found.total.requests,
-            "revenue": self._revenue(found.total),
-            "models": self._named("model", found.models),
-            "tiers": self._named("tier", found.tiers),
-            "unpriced": [
-                {
-                    "reason": reason,
-                    "requests": sold.requests,
-                    "revenue": self._shapes.money(sold.now_nanos),
-                }
-                for reason, sold in unpriced
-            ],
-            "set_by_hand": found.set_by_hand,
-            "waiting": {
-                "requests": found.waiting,
-                "priced": found.waiting_priced.requests,
-                "revenue": self._shapes.money(found.waiting_priced.draft_nanos),
-            },
-        }
-
-    def _named(self, member: str, sold: dict[str | None, Sold]) -> list[dict[str, object]]:
-        """The largest changes first."""
-        ordered = sorted(sold.items(), key=lambda item: (-abs(item[1].change_nanos), item[0] or ""))
-        return [
-            {member: name, "requests": each.requests, "revenue": self._revenue(each)}
-            for name, each in ordered
-        ]
-
-    def _revenue(self, sold: Sold) -> Revenue:
-        return {
-            "now": self._shapes.money(sold.now_nanos),
-            "draft": self._shapes.money(sold.draft_nanos),
-            "change": self._shapes.money(sold.change_nanos),
-        }
-
 
 def _between(period: Period, now: datetime) -> tuple[datetime, datetime]:
     """Return the period in UTC; InvalidRequestError where it is none, or too long."""
@@ -436,60 +287,6 @@ async def _parsed(document: dict[str, Any]) -> PriceBook:
         return await asyncio.to_thread(parse_price_book, document)
     except InvalidPriceBookError as error:
         raise refused(error, "document") from None
-
-
-def _draft(row: Mapping[str, Any]) -> PriceDraft:
-    return {
-        "id": row["draft_id"],
-        "name": row["name"],
-        "based_on": row["based_on"],
-        "created_at": utc(row["created_at"]),
-        "created_by": row["created_by"],
-        "updated_at": utc(row["updated_at"]),
-        "published_version": row["published_version"],
-        "document": row["document"],
-    }
-
-
-def difference(live_version: int, found: BookDiff) -> Difference:
-    """Render what changes of a version."""
-    return {
-        "live_version": live_version,
-        "unchanged": found.is_empty,
-        "default": None
-        if found.default is None
-        else {"before": rule_document(found.default[0]), "after": rule_document(found.default[1])},
-        "rules": [_rule_diff(change) for change in found.rules],
-        "actions": [
-            {
-                "action": change.name,
-                "before": _credits(change.before),
-                "after": _credits(change.after),
-            }
-            for change in found.actions
-        ],
-        "reordered": found.is_reordered,
-    }
-
-
-def _rule_diff(change: RuleChange) -> RuleDiff:
-    account, tier, model = change.selectors
-    return {
-        "change": change.kind,
-        "account": account,
-        "tier": tier,
-        "model": model,
-        "before": _document(change.before),
-        "after": _document(change.after),
-    }
-
-
-def _document(rule: Rule | None) -> dict[str, object] | None:
-    return None if rule is None else rule_document(rule)
-
-
-def _credits(nanocredits: int | None) -> str | None:
-    return None if nanocredits is None else decimal_text(nanocredits, _NANOCREDIT_DIGITS)
 
 
 def _no_draft() -> NotFoundError:

@@ -49,7 +49,8 @@ class AdminUsageApi:
     def operations(self) -> list[Operation[Operator]]:
         """Every endpoint."""
         return [
-            *self._account_operations(),
+            *self._usage_operations(),
+            *self._money_operations(),
             Operation(
                 method="GET",
                 path=ADMIN + "/stats",
@@ -62,7 +63,7 @@ class AdminUsageApi:
             ),
         ]
 
-    def _account_operations(self) -> list[Operation[Operator]]:
+    def _usage_operations(self) -> list[Operation[Operator]]:
         return [
             Operation(
                 method="GET",
@@ -94,6 +95,10 @@ class AdminUsageApi:
                 media_types=MEDIA_TYPES,
                 query=(FORMAT, *USAGE_FILTERS),
             ),
+        ]
+
+    def _money_operations(self) -> list[Operation[Operator]]:
+        return [
             Operation(
                 method="GET",
                 path=ADMIN_ACCOUNT + "/ledger",

@@ -109,9 +109,10 @@ class NewAccount(Body):
 
 
 class AccountOptions(Body):
-    """PATCH /admin/v1/accounts/{id}: how the account is served; what is left out stays as it is."""
+    """PATCH /admin/v1/accounts/{id}: name, and how it is served; what is left out stays."""
 
-    replay_retries: bool
+    name: Name | None = None
+    replay_retries: bool | None = None
 
 
 class Grant(Body):

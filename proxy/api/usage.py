@@ -59,7 +59,11 @@ class UsageApi:
 
     def operations(self) -> list[Operation[Principal]]:
         """Every endpoint; those of a name stand before those of an id."""
-        return [*self._usage_operations(), *self._money_operations()]
+        return [
+            *self._usage_operations(),
+            *self._balance_operations(),
+            *self._money_operations(),
+        ]
 
     def _usage_operations(self) -> list[Operation[Principal]]:
         return [
@@ -104,7 +108,7 @@ class UsageApi:
             ),
         ]
 
-    def _money_operations(self) -> list[Operation[Principal]]:
+    def _balance_operations(self) -> list[Operation[Principal]]:
         return [
             Operation(
                 method="GET",
@@ -134,6 +138,10 @@ class UsageApi:
                 summary="Have no balance be low",
                 status=204,
             ),
+        ]
+
+    def _money_operations(self) -> list[Operation[Principal]]:
+        return [
             Operation(
                 method="GET",
                 path=CUSTOMER + "/ledger",

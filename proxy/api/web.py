@@ -38,6 +38,7 @@ _SECURITY_HEADERS = [
 # Whose requests are an audit trail: see docs/operations.md.
 _LOGGED_PLANES = {"/api/v1": "account", "/admin/v1": "admin"}
 _SHOWN_PATH_CHARACTERS = 200
+_PATH_NAMES = {"request_id": "about_request_id"}
 
 
 @dataclass(slots=True)
@@ -118,13 +119,15 @@ class Envelope:
         if plane is None:
             return
         address = self._addresses.of(exchange.peer, exchange.header(b"x-forwarded-for"))
+        # A path's request is another than this one.
+        ids = {_PATH_NAMES.get(name, name): found for name, found in notes.ids.items()}
         self._log.write(
             request_id=exchange.request_text,
             plane=plane,
             operation=notes.operation,
             caller=notes.caller,
             address=None if address is None else str(address),
-            **notes.ids,
+            **ids,
             status=status,
             ms=round(seconds * 1000, 1),
         )

@@ -6,7 +6,7 @@ ROLLUPS = (
     Invariant(
         "rollups_equal_usage",
         "an hour's rollup is what its rows of usage add up to, unless it is marked or detached",
-        "SELECT count(*) FROM usage_rollups",
+        "SELECT count(*) FROM usage",
         """
         SELECT
             t.account_id, t.hour, t.key_id, t.model, t.endpoint, t.status,
@@ -43,7 +43,7 @@ ROLLUPS = (
     Invariant(
         "rollups_equal_days",
         "the sums of a day are those of its hours' rollups, the detached ones included",
-        "SELECT count(*) FROM usage_days",
+        "SELECT count(*) FROM usage",
         """
         SELECT
             t.day, t.tier, t.model, t.endpoint, t.status, t.error_code,

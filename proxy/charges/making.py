@@ -208,9 +208,12 @@ class Charges:
     ) -> Authorization:
         authorization = await self._authorize(order, payer, begun)
         for _ in range(_STALE_TRIES):
-            if authorization.outcome != "stale":
+            if authorization.outcome == "stale":
+                payer = await reread()
+            elif authorization.outcome != "duplicate":
                 break
-            authorization = await self._authorize(order, await reread(), begun)
+            # A duplicate stood in one batch with the first of its key, whose hold is there by now.
+            authorization = await self._authorize(order, payer, begun)
         return authorization
 
     async def _authorize(self, order: Order, payer: Payer, begun: Begun) -> Authorization:

@@ -40,7 +40,7 @@ CREATE TABLE price_book_drafts (
 CREATE FUNCTION price_book_at(p_at timestamptz) RETURNS integer LANGUAGE sql STABLE
 RETURN (
     SELECT p.version FROM price_books AS p
-    WHERE p.valid_from <= p_at
+    WHERE p.valid_from <= $1
         AND NOT EXISTS (SELECT 1 FROM price_book_cancellations AS c WHERE c.version = p.version)
     ORDER BY p.version DESC LIMIT 1
 );

@@ -580,6 +580,38 @@ def test_stream_that_was_cut_gives_its_key_back(buyer: Guest, provider: FakeProv
     assert buyer.balance() == (START_NANOS - PRICE_NANOS, 0)
 
 
+@pytest.fixture
+def broken_keeping(shop: House) -> Iterator[None]:
+    """A database that takes no answer, for a reason that nobody has thought of."""
+    with psycopg.connect(shop.database_url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION tallygate.refuse_answer() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'no answers' USING ERRCODE = 'raise_exception'; END $$;"
+            " CREATE TRIGGER refuse_answer BEFORE UPDATE ON tallygate.idempotency_keys"
+            " FOR EACH ROW WHEN (NEW.state = 'done') EXECUTE FUNCTION tallygate.refuse_answer()"
+        )
+        yield
+        connection.execute(
+            "DROP TRIGGER refuse_answer ON tallygate.idempotency_keys;"
+            " DROP FUNCTION tallygate.refuse_answer()"
+        )
+
+
+@pytest.mark.usefixtures("broken_keeping")
+def test_answer_that_a_defect_keeps_back_is_void_at_once(buyer: Guest) -> None:
+    assert keyed(buyer, "k").status_code == 500
+    buyer.wait_settled()
+    assert buyer.usage()["status"] == "void"
+    assert buyer.balance() == (START_NANOS, 0)
+
+
+@pytest.mark.usefixtures("broken_keeping")
+def test_stream_whose_end_a_defect_keeps_back_is_charged_at_once(buyer: Guest) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        keyed(buyer, "k", stream=True)
+    charged(buyer)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_answer_that_is_too_large_is_named_and_not_charged_twice(
     narrow: House,

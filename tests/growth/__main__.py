@@ -2,7 +2,8 @@
 
 Loads ROWS entries (20 million) over 2,000 accounts, audits, seals, and measures what a request and
 a reader notice of them. `--memory` is another run: one worker, 200,000 requests, and what it takes
-of memory meanwhile. Exits with 1 where a target is missed.
+of memory meanwhile; `--summary` one of a month of 5 million rows of usage, and what sums and an
+export of it take. Exits with 1 where a target is missed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from proxy.embedded.postgres import EmbeddedPostgres
 from proxy.retention import detach
 from proxy.seals import Seal, Sealer
 from tests.bench.machine import Quietness, machine
-from tests.growth import load, memory
+from tests.growth import load, memory, summary
 from tests.growth.figures import Figures, Grown, Side, Timing, page
 from tests.growth.queries import read_all
 from tests.growth.traffic import Traffic
@@ -51,6 +52,9 @@ def main() -> int:
         if arguments.memory:
             text, is_met = memory.measure(arguments.requests)
             name = "memory"
+        elif arguments.summary:
+            text, is_met = summary.measure(arguments.usage_rows, arguments.hot_rows)
+            name = "summary"
         else:
             figures = _grow(arguments)
             text, is_met, name = page(figures), figures.is_met, "growth"
@@ -77,6 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reads", type=int, default=200, help="of each query")
     parser.add_argument("--memory", action="store_true", help="measure a worker's memory instead")
     parser.add_argument("--requests", type=int, default=200_000, help="with --memory")
+    parser.add_argument("--summary", action="store_true", help="measure sums of usage instead")
+    parser.add_argument("--usage-rows", type=int, default=5_000_000, help="with --summary")
+    parser.add_argument("--hot-rows", type=int, default=1_000_000, help="with --summary")
     parser.add_argument("--report", type=Path, help="a page to write the table into")
     return parser.parse_args()
 

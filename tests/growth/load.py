@@ -208,3 +208,17 @@ def load(
         if is_analyzed:
             connection.execute("VACUUM (ANALYZE) balances, open_holds, accounts, virtual_keys")
             connection.execute("ANALYZE entries, usage")
+
+
+def load_usage(url: str, shape: Shape, *, progress: Callable[[str], None]) -> None:
+    """Load the rows of usage of all requests, and nothing of the ledger."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET search_path = tallygate")
+        connection.execute("SET synchronous_commit = off")
+        for low in range(0, shape.requests, _CHUNK):
+            last = min(low + _CHUNK, shape.requests) - 1
+            connection.execute(
+                _USAGE.encode(),
+                {"first": low, "last": last, "start": shape.start, "step": shape.step},
+            )
+            progress(f"{last + 1:,} rows of usage loaded")

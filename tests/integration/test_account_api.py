@@ -88,6 +88,8 @@ async def test_balance_says_what_is_posted_held_and_available(customer: Customer
         "posted": {"credits": "1000", "usd": "1"},
         "held": {"credits": "0.000001", "usd": "0.000000001"},
         "available": {"credits": "999.999999", "usd": "0.999999999"},
+        "low_balance": {"threshold": None, "is_low": False},
+        "expiring": [],
     }
 
 
@@ -100,6 +102,8 @@ async def test_usage_row_has_these_members_and_no_others(customer: Customer) -> 
     (row,) = page["data"]
     assert row == {
         "request_id": request["request_id"],
+        "key_id": str(customer.money.key_id),
+        "project_id": None,
         "created_at": row["created_at"],
         "endpoint": "chat.completions",
         "model": "m",

@@ -103,7 +103,9 @@ async def test_account_is_made_read_and_listed_in_one_shape(api: Api) -> None:
         "credit_limit": nothing,
     }
     assert abs(_utc(made["created_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
-    assert await api.admin("GET", f"/accounts/{made['id']}") == made
+    more = {"status_reason": None, "overrides": {}, "last_request_at": None}
+    shown = await api.admin("GET", f"/accounts/{made['id']}")
+    assert shown == {**made, **more, "active_keys": 0, "all_keys": 0}
     assert (await api.admin("GET", "/accounts"))["data"] == [made]
 
 
@@ -111,7 +113,7 @@ async def test_answers_to_retries_are_switched_off_for_an_account(api: Api) -> N
     account_id = await api.new_account()
     changed = await api.admin("PATCH", f"/accounts/{account_id}", {"replay_retries": False})
     assert changed["replay_retries"] is False
-    assert (await api.admin("GET", f"/accounts/{account_id}")) == changed
+    assert (await api.admin("GET", f"/accounts/{account_id}")).items() >= changed.items()
     actions = [event["action"] for event in (await api.admin("GET", "/audit-trail"))["data"]]
     assert len(actions) == 2
     await api.refused("PATCH", f"/admin/v1/accounts/{account_id}", 400, json={"replay": 1})
@@ -131,6 +133,7 @@ async def test_credit_limit_counts_as_available(api: Api) -> None:
         "held": {"credits": "0", "usd": "0"},
         "available": {"credits": "2.5", "usd": "0.0025"},
         "credit_limit": {"credits": "2.5", "usd": "0.0025"},
+        "expiring": [],
     }
 
 

@@ -73,7 +73,8 @@ def ledger(account: NewAccount) -> Money:
     poor.hold(0)
     account()
     # One whose credits expire: some are spent, some have expired, some are held yet.
-    thrifty = account(funds=5)
+    thrifty = account()
+    thrifty.fund(5, "own", "deposit")
     thrifty.fund_expiring(50, "used")
     thrifty.settle(capture(thrifty.hold(20), 20))
     thrifty.hold(10)

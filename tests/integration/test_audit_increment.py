@@ -70,7 +70,7 @@ def test_it_begins_at_the_newest_seal_that_a_clean_audit_vouches_for(
     ledger.fund(5, "one more")
     third = vouch(database_url)
     assert (third.since_seal, third.through_seal, third.entries) == (1, 1, 1)
-    assert third.accounts == 4
+    assert third.accounts == 5
 
 
 def test_an_audit_that_found_something_vouches_for_nothing(

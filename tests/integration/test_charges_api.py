@@ -19,7 +19,13 @@ pytestmark = pytest.mark.anyio
 
 BOOK = {
     "default": {"kind": "markup", "factor": "2.0"},
-    "actions": {"message": "1", "upload.file": "0.25", "free": "0", "grain": "0.000000003"},
+    "actions": {
+        "message": "1",
+        "upload.file": "0.25",
+        "free": "0",
+        "grain": "0.000000003",
+        "mansion": "1000000",
+    },
 }
 
 
@@ -83,6 +89,7 @@ async def test_actions_have_a_price_each(shop: Shop) -> None:
         "data": [
             {"name": "free", "price": {"credits": "0", "usd": "0"}},
             {"name": "grain", "price": {"credits": "0.000000003", "usd": "0.000000000003"}},
+            {"name": "mansion", "price": {"credits": "1000000", "usd": "1000"}},
             {"name": "message", "price": {"credits": "1", "usd": "0.001"}},
             {"name": "upload.file", "price": {"credits": "0.25", "usd": "0.00025"}},
         ],
@@ -155,7 +162,7 @@ async def test_what_is_not_affordable_is_402_and_leaves_no_charge(shop: Shop) ->
         ({"action": "mess\x00age"}, "action"),
         ({"action": "message", "quantity": 0}, "quantity"),
         ({"action": "message", "quantity": 10**12 + 1}, "quantity"),
-        ({"action": "message", "quantity": 10**12}, "quantity"),
+        ({"action": "mansion", "quantity": 10**12}, "quantity"),
         ({"action": "message", "quantity": 1.0}, "quantity"),
         ({"action": "message", "ttl_s": 60}, None),
         ({"action": "message", "hold": True, "ttl_s": 604_801}, "ttl_s"),

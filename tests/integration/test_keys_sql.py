@@ -15,6 +15,18 @@ from proxy.audit import audit
 from proxy.ids import uuid7
 from tests.integration.money import Money, NewAccount, capture, void, wait_for_waiters
 
+BOOK = {"default": {"kind": "markup", "factor": "2.0"}}
+
+
+@pytest.fixture(autouse=True)
+def _price_book(database_url: str) -> None:
+    """What the audit recomputes charges with."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("SET search_path = tallygate")
+        connection.execute(
+            "SELECT publish_price_book(%s, 1000000, %s, 'test')", (json.dumps(BOOK), uuid7())
+        )
+
 
 def change(money: Money, **changes: object) -> str:
     """Change the account's key; the outcome."""
@@ -365,9 +377,7 @@ def test_a_change_is_in_the_audit_trail_with_what_was_before(account: NewAccount
 def test_the_later_use_of_a_key_counts_whoever_tells_it_last(account: NewAccount) -> None:
     money = account()
     for age_s in (5.0, 60.0):
-        money.one(
-            "SELECT note_key_uses(%s, %s, %s)", [money.account_id], [money.key_id], [age_s]
-        )
+        money.one("SELECT note_key_uses(%s, %s, %s)", [money.account_id], [money.key_id], [age_s])
     (age,) = money.one(
         "SELECT extract(EPOCH FROM clock_timestamp() - last_used_at)::float FROM key_uses"
     )

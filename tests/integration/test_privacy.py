@@ -75,11 +75,12 @@ class Customer:
             "UPDATE virtual_keys SET role = 'manage' WHERE account_id = %s RETURNING 1",
             self.money.account_id,
         )
-        self.money.all(
-            "INSERT INTO projects (account_id, project_id, name) VALUES (%s, %s, %s) RETURNING 1",
+        await self.api.services.projects.create(
             self.money.account_id,
-            uuid7(),
-            f"{PERSON}'s project",
+            name=f"{PERSON}'s project",
+            budget_nanos=None,
+            budget_period="total",
+            actor="admin",
         )
         self.money.all(
             "INSERT INTO charges (account_id, request_id, body_hash, action, quantity, price,"
@@ -192,7 +193,7 @@ async def test_an_archive_has_everything_in_the_shapes_of_the_api(customer: Cust
     (grant,) = found["funding.jsonl"]
     assert (grant["kind"], grant["reason"], grant["reference"]) == ("grant", "test", "first")
     acts = [act["action"] for act in found["audit_trail.jsonl"]]
-    assert acts == ["account.create", "grant", "key.create"]
+    assert acts == ["account.create", "grant", "key.create", "project.create"]
     assert found["manifest.json"]["rows"] == {
         name: len(rows) for name, rows in found.items() if name.endswith(".jsonl")
     }

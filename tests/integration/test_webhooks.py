@@ -13,6 +13,7 @@ from standardwebhooks import WebhookVerificationError
 
 from proxy.ids import uuid7
 from proxy.webhooks import Backlog, Delivery, Reach, RetryPolicy, Sender, Watch, WebhookStore
+from proxy.webhooks.store import Claimed
 from tests.integration.money import Money, NewAccount, capture
 from tests.support.api import NANOS_PER_CREDIT, Api
 from tests.support.receiver import Inbox, ReceiverProcess, open_inbox
@@ -320,13 +321,20 @@ async def test_what_a_dead_replica_had_is_delivered_by_another(
     await house.receiver()
     spend(money, 1, **REVIEW)
     await house.watch.round()
-    (claimed,) = await house.store.claim(UUID(house.id), limit=8, lease_s=0)
-    assert len(await house.tell()) == 1
-    # The one who was thought dead comes back: its word counts no more.
-    outcome = await house.store.finish(
-        UUID(house.id), claimed, outcome="refused", status=500, error="x", retry_s=0, give_up_s=0
-    )
-    assert outcome == "lost"
+    (dead,) = await house.store.claim(UUID(house.id), limit=8, lease_s=0)
+    (live,) = await house.store.claim(UUID(house.id), limit=8, lease_s=60)
+    assert live.event_id == dead.event_id
+
+    async def finish(claimed: Claimed, outcome: str) -> str:
+        return await house.store.finish(
+            UUID(house.id), claimed, outcome=outcome, status=500, error="x", retry_s=0, give_up_s=0
+        )
+
+    # The one who was thought dead comes back: its word counts no more, before and after.
+    assert await finish(dead, "refused") == "lost"
+    assert [row["attempts"] for row in await house.deliveries()] == [0]
+    assert await finish(live, "delivered") == "delivered"
+    assert await finish(dead, "refused") == "lost"
     assert [row["status"] for row in await house.deliveries()] == ["delivered"]
 
 
@@ -448,7 +456,7 @@ async def test_a_receiver_killed_and_restarted_under_load_gets_everything_in_ord
 
     async def deliver_and_be_killed(arrived: int) -> None:
         """It dies in the middle of a delivery, when so many have arrived."""
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             delivering = group.create_task(deliver())
             while len(receiver.events()) < arrived:
                 await asyncio.sleep(0)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tests.chaos.sabotage import SABOTAGES
 from tests.mutation.guards import GUARDS, Guard, Patch
+from tests.mutation.guards_keys import KEY_GUARDS
 from tests.mutation.judge import Judgement, judge_each
 from tests.support.sections import read_section, write_section
 
@@ -62,7 +63,7 @@ class Verdict:
 def main() -> int:
     """Run it; 1 where the removal of a guard is not noticed."""
     arguments = _arguments()
-    guards = [guard for guard in GUARDS if arguments.only in guard.name]
+    guards = [guard for guard in (*GUARDS, *KEY_GUARDS) if arguments.only in guard.name]
     verdicts = _try_each(guards, arguments.jobs) if guards else []
     judgements = judge_each(arguments.only)
     if arguments.report is not None:
@@ -184,7 +185,7 @@ def _page(verdicts: Sequence[Verdict], judgements: Sequence[Judgement], before: 
     for judgement in judgements:
         found = _NOBODY if judgement.survived else f"`make chaos`: {judgement.said}"
         rows[f"`{judgement.sabotage}`"] = found
-    names = [*(guard.name for guard in GUARDS), *(f"`{name}`" for name in SABOTAGES)]
+    names = [*(guard.name for guard in (*GUARDS, *KEY_GUARDS)), *(f"`{name}`" for name in SABOTAGES)]
     table = [f"| {name} | {rows[name]} |" for name in names if name in rows]
     told = _told(len(table), sum(_NOBODY in row for row in table))
     head = f"Run of {datetime.now(UTC):%Y-%m-%d}. **{told}.**"

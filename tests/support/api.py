@@ -104,6 +104,10 @@ async def open_api(url: str, directory: Path, **changes: Any) -> AsyncGenerator[
             "ops_token": OPS_TOKEN,
             "data_dir": directory,
             "admission": {"principal_cache_s": 60},
+            # No test comes to an end of these by accident.
+            "api_limits": dict.fromkeys(
+                ("account_per_minute", "admin_per_minute", "failures_per_minute"), 100_000
+            ),
             **changes,
         },
     )

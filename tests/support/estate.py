@@ -80,6 +80,8 @@ class Estate:
         )
         content = document["paths"][lists[0]]["post"]["requestBody"]["content"]
         body = example_of(content["application/json"]["schema"], document, self.ids)
+        if "name" in body:
+            body["name"] = f"example {uuid7()}"  # some are unique
         key = self.key if lists[0].startswith("/api/") else ADMIN_KEY
         answer = await self.call("POST", await self.path(lists[0]), key=key, json=body)
         assert answer.is_success, f"POST {lists[0]}: {answer.status_code} {answer.text}"
@@ -94,12 +96,6 @@ class Estate:
             self.money.account_id,
             hash_key(secret),
             json.dumps(document),
-        )
-        self.money.all(
-            "UPDATE virtual_keys SET role = %s WHERE account_id = %s AND key_id = %s RETURNING 1",
-            role,
-            self.money.account_id,
-            document["key_id"],
         )
         return secret
 
@@ -142,8 +138,12 @@ async def make_estate(url: str, call: Call) -> Estate:
     money.hold(CREDIT)
     estate.ids["account_id"] = estate.account_id
     estate.ids["key_id"] = str(money.key_id)
+    # One that there is enough to take back of.
+    money.fund(CREDIT, "second")
     (grant,) = money.one(
-        "SELECT request_id FROM entries WHERE account_id = %s AND kind = 'grant'", money.account_id
+        "SELECT request_id FROM entries WHERE account_id = %s AND kind = 'grant'"
+        " ORDER BY seq DESC LIMIT 1",
+        money.account_id,
     )
     estate.ids["entry_id"] = str(grant)
     return estate

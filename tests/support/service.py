@@ -234,6 +234,10 @@ def prepare_service(
         "TALLYGATE_LITELLM_KEY": litellm_key,
         "TALLYGATE_ADMIN_KEY": ADMIN_KEY,
         "TALLYGATE_FREE_MODELS": '["free", "*-free"]',
+        # No test comes to an end of these by accident.
+        "TALLYGATE_API_LIMITS__ACCOUNT_PER_MINUTE": "100000",
+        "TALLYGATE_API_LIMITS__ADMIN_PER_MINUTE": "100000",
+        "TALLYGATE_API_LIMITS__FAILURES_PER_MINUTE": "100000",
         "TALLYGATE_HOST": "127.0.0.1",
         "TALLYGATE_PORT": str(port),
         "TALLYGATE_WORKERS": str(workers),

@@ -3,6 +3,7 @@
 import re
 import time
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from proxy.webhooks import addresses as addresses_module
 from proxy.webhooks.addresses import resolve
 from proxy.webhooks.signing import signed_headers
 
+ROOT = Path(__file__).parents[3]
 EVENT_ID = UUID("0198c0de-0000-7000-8000-000000000001")
 STRICT = Reach(allow_http=False, allow_private=False)
 OPEN = Reach(allow_http=True, allow_private=True)
@@ -36,6 +38,19 @@ def test_every_secret_signs_and_a_changed_body_is_noticed() -> None:
             Webhook(secret).verify(body + b" ", headers)
     with pytest.raises(WebhookVerificationError):
         Webhook(new_secret()).verify(body, headers)
+
+
+def test_the_snippet_of_the_docs_verifies() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import base64.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet, names)  # noqa: S102 - what receivers are told to run
+    secret, body = new_secret(), b"{}"
+    headers = signed_headers([new_secret(), secret], EVENT_ID, body, now_s=int(time.time()))
+    assert names["verify"](secret, headers, body)
+    assert not names["verify"](secret, headers, b"{ }")
+    old = signed_headers([secret], EVENT_ID, body, now_s=int(time.time()) - 400)
+    assert not names["verify"](secret, old, body)
 
 
 def test_secrets_are_of_256_random_bits() -> None:
