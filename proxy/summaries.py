@@ -129,6 +129,8 @@ period AS (
         s.rolled_until
     FROM state AS s
 ),
+-- Looked up once, so that the months to be read are found once and not for each account.
+ids AS MATERIALIZED (SELECT uuid_floor(p.low) AS low, uuid_floor(p.high) AS high FROM period AS p),
 marked AS MATERIALIZED (
     SELECT DISTINCT m.account_id, m.hour FROM usage_dirty AS m, period AS p
     WHERE m.hour >= greatest(p.first_day::timestamp AT TIME ZONE 'UTC', p.frozen_until)
@@ -143,7 +145,7 @@ parts (
         d.output_tokens, d.price, d.cost_picos
     FROM usage_days AS d, period AS p WHERE d.day >= p.first_day AND d.day <= p.last_day
     UNION ALL
-    SELECT r.* FROM period AS p CROSS JOIN balances AS b CROSS JOIN LATERAL (
+    SELECT r.* FROM balances AS b CROSS JOIN LATERAL (
         SELECT (usage_hour(u.request_id) AT TIME ZONE 'UTC')::date,
             u.tier, u.model, u.endpoint, u.status, coalesce(u.error_code, ''),
             count(*) AS requests, sum(u.input_tokens) AS input_tokens,
@@ -151,7 +153,8 @@ parts (
             sum(u.cost_picos) FILTER (WHERE NOT u.byok) AS cost_picos
         FROM usage AS u
         WHERE u.account_id = b.account_id
-            AND u.request_id >= uuid_floor(p.low) AND u.request_id < uuid_floor(p.high)
+            AND u.request_id >= (SELECT i.low FROM ids AS i)
+            AND u.request_id < (SELECT i.high FROM ids AS i)
         GROUP BY 1, 2, 3, 4, 5, 6
     ) AS r
     UNION ALL
@@ -196,6 +199,8 @@ period AS (
         s.rolled_until
     FROM state AS s
 ),
+-- Looked up once, so that the months to be read are found once and not for each account.
+ids AS MATERIALIZED (SELECT uuid_floor(p.low) AS low, uuid_floor(p.high) AS high FROM period AS p),
 marked AS MATERIALIZED (
     SELECT DISTINCT m.account_id, m.hour FROM usage_dirty AS m, period AS p
     WHERE m.hour >= greatest(p.first_day::timestamp AT TIME ZONE 'UTC', p.frozen_until)
@@ -205,10 +210,11 @@ active AS (
     SELECT DISTINCT a.account_id FROM usage_active_days AS a, period AS p
     WHERE a.day >= p.first_day AND a.day <= p.last_day
     UNION
-    SELECT b.account_id FROM period AS p CROSS JOIN balances AS b CROSS JOIN LATERAL (
+    SELECT b.account_id FROM balances AS b CROSS JOIN LATERAL (
         SELECT 1 FROM usage AS u
         WHERE u.account_id = b.account_id
-            AND u.request_id >= uuid_floor(p.low) AND u.request_id < uuid_floor(p.high)
+            AND u.request_id >= (SELECT i.low FROM ids AS i)
+            AND u.request_id < (SELECT i.high FROM ids AS i)
         LIMIT 1
     ) AS r
     UNION

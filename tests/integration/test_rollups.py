@@ -1,8 +1,9 @@
 """Summaries equal what the rows of usage add up to, whatever happens to those and whenever."""
 
+import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -145,7 +146,7 @@ def members(row: dict[str, Any]) -> dict[str, object]:
     return {**row, "hour": hour, "day": hour.date()}
 
 
-def key(row: dict[str, Any], by: list[str]) -> tuple[object, ...]:
+def key(row: dict[str, Any], by: Sequence[str]) -> tuple[object, ...]:
     names = {"key": "key_id", "project": "project_id"}
     return tuple(row[names.get(name, name)] for name in by)
 
@@ -154,7 +155,9 @@ def pick(row: dict[str, Any]) -> dict[str, int]:
     return {name: row[name] or 0 for name in SUMS}
 
 
-def added(rows: list[dict[str, Any]], by: list[str]) -> dict[tuple[object, ...], dict[str, int]]:
+def added(
+    rows: list[dict[str, Any]], by: Sequence[str]
+) -> dict[tuple[object, ...], dict[str, int]]:
     sums: dict[tuple[object, ...], Counter[str]] = {}
     for row in rows:
         group = sums.setdefault(key(members(row), by), Counter())
@@ -226,7 +229,7 @@ async def test_a_settlement_under_way_is_in_no_rollup_and_not_forgotten(
     with psycopg.connect(database_url) as other:
         other.execute("SET search_path = tallygate")
         settling = void(request, error_code="slow")
-        other.execute("SELECT settle_batch(%s)", (psycopg.types.json.Json([settling]),))
+        other.execute("SELECT settle_batch(%s)", (json.dumps([settling]),))
         assert await house.rollups.refresh() == 0
         await house.check()
         other.commit()

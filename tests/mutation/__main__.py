@@ -31,6 +31,7 @@ _NOT_COPIED = shutil.ignore_patterns(
     *(".git", ".venv", ".tallygate", "node_modules", "__pycache__", "htmlcov", ".*_cache"),
     *(".hypothesis", ".coverage*"),
 )
+_EVERY = (*GUARDS, *KEY_GUARDS)
 _TIMEOUT_S = 600
 _TESTS_FAILED = 1
 _NOBODY = "**nobody**"
@@ -63,7 +64,7 @@ class Verdict:
 def main() -> int:
     """Run it; 1 where the removal of a guard is not noticed."""
     arguments = _arguments()
-    guards = [guard for guard in (*GUARDS, *KEY_GUARDS) if arguments.only in guard.name]
+    guards = [guard for guard in _EVERY if arguments.only in guard.name]
     verdicts = _try_each(guards, arguments.jobs) if guards else []
     judgements = judge_each(arguments.only)
     if arguments.report is not None:
@@ -185,7 +186,7 @@ def _page(verdicts: Sequence[Verdict], judgements: Sequence[Judgement], before: 
     for judgement in judgements:
         found = _NOBODY if judgement.survived else f"`make chaos`: {judgement.said}"
         rows[f"`{judgement.sabotage}`"] = found
-    names = [*(guard.name for guard in (*GUARDS, *KEY_GUARDS)), *(f"`{name}`" for name in SABOTAGES)]
+    names = [*(guard.name for guard in _EVERY), *(f"`{name}`" for name in SABOTAGES)]
     table = [f"| {name} | {rows[name]} |" for name in names if name in rows]
     told = _told(len(table), sum(_NOBODY in row for row in table))
     head = f"Run of {datetime.now(UTC):%Y-%m-%d}. **{told}.**"

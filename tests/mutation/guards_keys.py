@@ -38,10 +38,9 @@ KEY_GUARDS = (
         [
             Patch(
                 SCHEMA,
-                "            p_account_id, key_line(p_account_id, p_key_id), v_new.budget_period, v_since,\n"
+                "key_line(p_account_id, p_key_id), v_new.budget_period, v_since,\n"
                 "            v_through, v_spent\n        ) AS s;\n",
-                "            p_account_id, '{}', v_new.budget_period, v_since, v_through, v_spent\n"
-                "        ) AS s;\n",
+                "'{}', v_new.budget_period, v_since, v_through, v_spent\n        ) AS s;\n",
             )
         ],
         [_RACE],
@@ -120,8 +119,8 @@ KEY_GUARDS = (
         [
             Patch(
                 SCHEMA,
-                "            WHERE p.account_id = p_account_id AND p.project_id = v_new.project_id\n",
-                "            WHERE p.project_id = v_new.project_id\n",
+                "WHERE p.account_id = p_account_id AND p.project_id = v_new.project_id\n",
+                "WHERE p.project_id = v_new.project_id\n",
             )
         ],
         [f"{_SQL}::test_a_key_goes_to_no_project_that_is_archived_or_another_accounts"],
