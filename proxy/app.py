@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pricing.money import nanos_from_credits
 from proxy.accounts import Accounts
 from proxy.admin_keys import AdminKeys
 from proxy.admission import Admission, AdmissionLimits
+from proxy.api.browsers import open_to_browsers
 from proxy.api.data_plane import DataPlane, is_data_plane
 from proxy.api.protection import Protection
 from proxy.api.routes import make_application
@@ -68,20 +68,6 @@ from proxy.witness import WitnessReports
 log = logging.getLogger(__name__)
 
 _PRICE_BOOK_REFRESH_S = 2.0
-# For how long a browser need not ask again whether it may call.
-_PREFLIGHT_S = 600
-_SHOWN_TO_PAGES = [
-    "x-request-id",
-    "request-id",
-    "retry-after",
-    "x-should-retry",
-    "x-tallygate-charge-credits",
-    *(
-        f"x-ratelimit-{what}-{of}"
-        for what in ("limit", "remaining", "reset")
-        for of in ("requests", "tokens")
-    ),
-]
 
 
 def create() -> ASGIApp:
@@ -397,22 +383,7 @@ def make_app(settings: Settings) -> ASGIApp:
             parts.request_log.flush()
 
     front = _Front(DataPlane(services), make_application(services, lifespan))
-    return _open_to_browsers(front, settings.cors.allowed_origins)
-
-
-def _open_to_browsers(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of these origins call every plane; with none, nothing stands in between."""
-    if not origins:
-        return app
-    return CORSMiddleware(
-        app,
-        allow_origins=origins,
-        allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-        # Keys come in headers, and SDKs send a dozen of their own. Cookies are not a thing here.
-        allow_headers=["*"],
-        expose_headers=_SHOWN_TO_PAGES,
-        max_age=_PREFLIGHT_S,
-    )
+    return open_to_browsers(front, settings.cors.allowed_origins)
 
 
 class _Front:

@@ -202,7 +202,8 @@ class Planner:
         if model is None and not self._catalog.is_known:
             msg = "The list of models is not known yet, because the model service is away."
             raise UpstreamUnavailableError(msg, retry_after_s=2)
-        check_model(principal, name, is_known=model is not None)
+        if principal.allowed_models is not None or principal.terms.allowed_models is not None:
+            check_model(principal, name, is_known=model is not None)
         if model is None:
             msg = f"The model {name!r} does not exist here. GET /v1/models lists those that do."
             raise NotFoundError(msg, code="model_not_found", param="model")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from proxy.accounts import KEY_PREFIX, Accounts, Principal, hash_key
+from proxy.accounts import KEY_PREFIX, ROLES, Accounts, Principal, hash_key
 from proxy.attempts import FailedAttempts
 from proxy.db import CONNECTION_ERRORS, unavailable
 from proxy.errors import AuthenticationError, PermissionDeniedError
@@ -65,13 +65,12 @@ class Principals:
         if not fresh:
             copy = self._copies.get(key_hash)
             # What a copy refuses may be allowed by now; what it allows, the ledger checks again.
-            if (
-                copy is not None
-                and copy[0] > now
-                and self._misuse(copy[1], exchange, needs) is None
-            ):
-                self._used[copy[1].key_id] = (copy[1].account_id, now)
-                return copy[1]
+            if copy is not None and copy[0] > now:
+                known = copy[1]
+                is_plain = needs in ROLES[known.role] and known.allowed_networks is None
+                if is_plain or self._misuse(known, exchange, needs) is None:
+                    self._used[known.key_id] = (known.account_id, now)
+                    return known
         # A key that was good a while ago is nobody's guess.
         if key_hash not in self._copies:
             self._attempts.check(exchange)

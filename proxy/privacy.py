@@ -56,8 +56,10 @@ class Snapshot:
     def funding(self) -> AsyncIterator[list[Row]]:
         """Deposits, grants and their like in pages."""
         return self._pages(
-            "SELECT source, external_id, entry_id, kind, amount, reason, actor, at FROM funding"
-            " WHERE account_id = %s ORDER BY entry_id"
+            "SELECT f.source, f.external_id, f.entry_id, f.kind, f.amount, f.reason, f.actor, f.at,"
+            " x.expires_at FROM funding AS f LEFT JOIN expiring_credits AS x"
+            " ON f.account_id = x.account_id AND f.entry_id = x.grant_id"
+            " WHERE f.account_id = %s ORDER BY f.entry_id"
         )
 
     def charges(self) -> AsyncIterator[list[Row]]:

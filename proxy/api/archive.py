@@ -146,6 +146,7 @@ def _funding(row: Row, shapes: Shapes, *, is_operators: bool) -> dict[str, objec
         "amount": shapes.money(row["amount"]),
         "source": row["source"],
         "reference": row["external_id"],
+        "expires_at": utc(row["expires_at"]),
         **notes,
     }
 

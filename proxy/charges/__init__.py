@@ -4,7 +4,7 @@ A charge goes through the same hold and the same settlement as a request, under 
 and stands among the account's usage with the endpoint `charges` and its action as the model.
 """
 
-from proxy.charges.making import Charges, Ending, Order, payer_of, status_of
+from proxy.charges.making import Charges, Ending, Order, Payer, payer_of, status_of
 from proxy.charges.recurring import RecurringCharges, Subscription
 from proxy.charges.schedule import Change, RecurringStore
 from proxy.charges.store import ChargeStore
@@ -15,6 +15,7 @@ __all__ = [
     "Charges",
     "Ending",
     "Order",
+    "Payer",
     "RecurringCharges",
     "RecurringStore",
     "Subscription",

@@ -153,11 +153,17 @@ class RecurringCharges:
         """
         due = await self._store.claim(limit=_AT_ONCE, lease_s=_LEASE_S, catch_up_s=_CATCH_UP_S)
         # Together, so that their holds go to the ledger in one batch.
-        done = await asyncio.gather(*map(self._charge, due), return_exceptions=True)
-        for failed in done:
-            if failed is not None:
-                raise failed
+        async with asyncio.TaskGroup() as group:
+            for each in due:
+                group.create_task(self._carry_out(each))
         return len(due)
+
+    async def _carry_out(self, due: Due) -> None:
+        try:
+            await self._charge(due)
+        except CONNECTION_ERRORS as error:
+            # Somebody comes back to it when the lease is over.
+            log.warning("recurring charge waits", extra={"error": type(error).__name__})
 
     async def _charge(self, due: Due) -> None:
         name = f"{due.recurring_id}:{due.period}:{due.generation}"

@@ -916,9 +916,10 @@ LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
     SELECT array_agg(l.key_id) FROM line AS l
 $$;
 
--- Begin to count a key's or project's open holds, as if it had been limited when they were placed.
--- Under the lock of the balance.
-CREATE FUNCTION count_open_holds(p_account_id uuid, p_scope_id uuid) RETURNS void
+-- Begin to count in a key's or project's limits the open holds of these keys or projects, as if there
+-- had been limits when they were placed. Under the lock of the balance.
+CREATE FUNCTION count_open_holds(p_account_id uuid, p_scope_id uuid, p_origin_ids uuid[])
+RETURNS void
 LANGUAGE plpgsql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     v_minute constant timestamptz := date_trunc('minute', clock_timestamp());
@@ -928,7 +929,8 @@ BEGIN
         SET
             scopes = array_append(h.scopes, p_scope_id),
             minute = coalesce(h.minute, date_trunc('minute', h.created_at))
-        WHERE h.account_id = p_account_id AND p_scope_id IN (h.key_id, h.project_id)
+        WHERE h.account_id = p_account_id
+            AND (h.key_id = ANY(p_origin_ids) OR h.project_id = ANY(p_origin_ids))
             AND (h.scopes IS NULL OR p_scope_id <> ALL(h.scopes))
         RETURNING h.amount, h.tokens, h.minute
     )
@@ -1023,7 +1025,7 @@ BEGIN
     WHERE k.account_id = p_account_id AND k.key_id = p_key_id
     RETURNING * INTO v_new;
     IF v_new.is_limited AND NOT v_old.is_limited THEN
-        PERFORM count_open_holds(p_account_id, p_key_id);
+        PERFORM count_open_holds(p_account_id, p_key_id, key_line(p_account_id, p_key_id));
     END IF;
     IF v_new.budget IS NOT NULL AND (
         v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period
@@ -1176,7 +1178,7 @@ BEGIN
         name = v_new.name, budget = v_new.budget, budget_period = v_new.budget_period
     WHERE p.account_id = p_account_id AND p.project_id = p_project_id;
     IF v_new.budget IS NOT NULL AND v_old.budget IS NULL THEN
-        PERFORM count_open_holds(p_account_id, p_project_id);
+        PERFORM count_open_holds(p_account_id, p_project_id, ARRAY[p_project_id]);
     END IF;
     IF v_new.budget IS NOT NULL AND (
         v_old.budget IS NULL OR v_old.budget_period <> v_new.budget_period

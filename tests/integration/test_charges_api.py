@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
+import msgspec
 import psycopg
 import pytest
 
 from proxy.audit import audit
+from proxy.charges import Order, Payer
 from proxy.errors import MeteringUnavailableError
 from proxy.ids import uuid7
 from tests.integration.money import Money
@@ -476,3 +479,78 @@ async def test_a_charge_in_doubt_without_a_key_is_voided(
         assert await shop.held() == "1"
     await shop.post("charges", body, status=200, headers=headers)
     assert await shop.available() == "99"
+
+
+# --- what may come between ---
+
+
+async def test_an_account_that_changes_meanwhile_is_read_again(shop: Shop) -> None:
+    charges = shop.api.services.charges
+    account_id = UUID(shop.account_id)
+    payer = await charges.account_payer(account_id)
+    outdated = replace(payer, version=payer.version - 1)
+
+    async def read() -> Payer:
+        return payer
+
+    async def read_outdated() -> Payer:
+        return outdated
+
+    order = Order(action="message", quantity=1)
+    row, is_new = await charges.make(order, outdated, read)
+    assert (is_new, row["key_id"], row["price"]) == (True, account_id, 1_000_000)
+    with pytest.raises(MeteringUnavailableError):
+        await charges.make(order, outdated, read_outdated)
+
+
+async def test_a_key_that_changes_meanwhile_is_read_again(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = shop.api.services.ledger
+    authorize, asked = ledger.authorize, list[int]()
+
+    async def outdated(hold: Any) -> Any:
+        asked.append(hold.version)
+        return await authorize(
+            msgspec.structs.replace(hold, version=hold.version - (len(asked) == 1))
+        )
+
+    monkeypatch.setattr(ledger, "authorize", outdated)
+    await shop.charge()
+    assert len(asked) == 2
+    assert await shop.available() == "99"
+
+
+async def test_a_charge_that_nobody_knows_any_more_is_void(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """It was refused to another with the same key, between its note and its hold."""
+    ledger = shop.api.services.ledger
+    authorize = ledger.authorize
+
+    async def forgotten(hold: Any) -> Any:
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("DELETE FROM tallygate.charges")
+        return await authorize(hold)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "authorize", forgotten)
+        await shop.post("charges", {"action": "message"}, status=503)
+    assert (await shop.available(), await shop.held()) == ("100", "0")
+
+
+async def test_a_lost_connection_is_not_heard_of(shop: Shop, database_url: str) -> None:
+    store = shop.api.services.charge_store
+    made = await shop.charge()
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    row = await store.charge(UUID(shop.account_id), UUID(made["id"]))
+    assert row is not None
+    await shop.api.services.pool.close()
+    with pytest.raises(MeteringUnavailableError):
+        await store.charge(UUID(shop.account_id), UUID(made["id"]))
+    with pytest.raises(MeteringUnavailableError):
+        await shop.api.services.recurring_store.recurring(row["account_id"], row["request_id"])

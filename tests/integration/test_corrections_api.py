@@ -196,6 +196,12 @@ async def test_an_adjustment_takes_no_more_than_is_available(desk: Desk) -> None
     assert error["code"] == "insufficient_credits"
     assert "900 credits" in error["message"]
     await desk.post("adjustments", {"credits": "-900"})
+    most = await desk.limit("1000000000000")
+    assert most["credit_limit"]["usd"] == "1000000000"
+    for number in range(9):
+        gift = {"credits": "1000000000000", "reference": f"gift-{number}"}
+        error = await desk.post("adjustments", gift, status=201 if number < 8 else 400)
+    assert error["param"] == "credits"
 
 
 # --- reversals ---

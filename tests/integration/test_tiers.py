@@ -348,6 +348,18 @@ def test_one_sweeper_works_at_a_time(account: NewAccount) -> None:
     assert money.one("SELECT expire_credits(100)") == (0,)
 
 
+def test_the_service_may_do_all_of_it(account: NewAccount) -> None:
+    money = account()
+    money.connection.execute("SET ROLE tallygate_app")
+    money.fund_expiring(100, "gone")
+    assert left(money) == [(100, 100)]
+    assert money.one("SELECT expire_credits(9)") == (1,)
+    assert money.one("SELECT grant_month(%s, '{\"default\": 5}')", money.account_id) == (5,)
+    assert money.one("SELECT grant_monthly_credits('{}', 9, 9)") == (False,)
+    opened = "SELECT open_account(gen_random_uuid(), 'b', 'c', 0, 'test', 7, '{\"c\": 3}')"
+    assert money.one(opened) == (True,)
+
+
 def test_an_id_of_the_database_is_a_uuidv7_of_now(account: NewAccount) -> None:
     money = account()
     made = [money.one("SELECT new_uuid7()")[0] for _ in range(100)]

@@ -3,15 +3,18 @@
 import csv
 import io
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import anyio
 import pytest
+from starlette.requests import Request
 
 from proxy import history
 from proxy.api.exports import PART, Download
+from proxy.api.usage_views import UsageViews
 from proxy.ids import uuid7
 from tests.integration.money import Money, NewAccount, capture, void
 from tests.integration.test_rollups import id_at
@@ -281,6 +284,40 @@ async def test_no_cell_is_a_formula(text: str, customer: Customer) -> None:
     customer.used(HOUR)
     *_, row = csv.DictReader(io.StringIO((await customer.call("/ledger/export")).text, newline=""))
     assert row["posted_change_credits"] == "-0.0001"
+
+
+async def test_an_export_takes_the_memory_of_a_part(customer: Customer) -> None:
+    money = customer.money
+    money.connection.execute(
+        "INSERT INTO usage (account_id, request_id, key_id, created_at, settled_at, endpoint,"
+        " model, tier, streamed, byok, status, price_version, hold, price)"
+        " SELECT %s, (lpad(to_hex(%s + n), 12, '0') || '70008000' || lpad(n::text, 12, '0'))::uuid,"
+        " %s, now(), now(), 'chat.completions', 'm', 'default', false, false, 'billed', 1, 1, 1"
+        " FROM generate_series(1, 12000) AS n",
+        (money.account_id, int(NOW.timestamp() * 1000), money.key_id),
+    )
+    sizes: list[int] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sizes.append(len(message.get("body", b"")))
+        if len(sizes) == 8:
+            tracemalloc.reset_peak()
+
+    async def receive() -> dict[str, str]:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    views = UsageViews(customer.api.services, is_operators=False)
+    scope = {"type": "http", "method": "GET", "query_string": b"", "headers": []}
+    download = await views.export_usage(Request(scope), money.account_id)
+    tracemalloc.start()
+    await download(scope, receive, send)  # pyright: ignore[reportArgumentType] - ASGI's types
+    now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(sizes) == 12_000 // PART + 3
+    assert sum(sizes) > 1_000_000
+    assert peak < 2_500_000
+    assert now < 1_000_000
 
 
 class Parts:

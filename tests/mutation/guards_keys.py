@@ -13,7 +13,7 @@ KEY_GUARDS = (
         [
             Patch(
                 SCHEMA,
-                "        PERFORM count_open_holds(p_account_id, p_key_id);\n",
+                "        PERFORM count_open_holds(p_account_id, p_key_id, key_line(p_account_id, p_key_id));\n",
                 "        NULL;\n",
             )
         ],
