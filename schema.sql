@@ -626,11 +626,11 @@ END;
 --
 -- p_batch is a JSON array of {account_id, request_id, key_id, version, amount, tokens, ttl_s,
 -- endpoint, model, tier, streamed, byok, price_version, account_requests_per_minute,
--- account_tokens_per_minute, account_max_concurrency, models_version}. `version` is the sum of the
--- account's and the key's version as the proxy knows them, `models_version` that of the switches of
--- models, left out where no model is asked for; the three before it are the limits of the account's
--- tier, left out where there are none. What no key asks for has the account's id as its key_id, and
--- the account's version. Answers a row for each, in order:
+-- account_tokens_per_minute, account_max_concurrency}. `version` is the sum of the account's and
+-- the key's version and models_version of `meta` as the proxy knows them, each of which only grows;
+-- the last three are the limits of the account's tier, left out where there are none. What no key
+-- asks for has the account's id as its key_id, and the account's version. Answers a row for each, in
+-- order:
 --
 --   held                   the hold stands
 --   exists                 this request already has its hold: a replay after a lost answer
@@ -692,12 +692,12 @@ BEGIN
                 tokens bigint, ttl_s integer, endpoint text, model text, tier text,
                 streamed boolean, byok boolean, price_version integer,
                 account_requests_per_minute integer, account_tokens_per_minute bigint,
-                account_max_concurrency integer, models_version integer
+                account_max_concurrency integer
             )
         ) WITH ORDINALITY AS r(
             account_id, request_id, key_id, version, amount, tokens, ttl_s, endpoint, model, tier,
             streamed, byok, price_version, account_requests_per_minute, account_tokens_per_minute,
-            account_max_concurrency, models_version, ord
+            account_max_concurrency, ord
         )
     ),
     known AS MATERIALIZED (
@@ -750,8 +750,7 @@ BEGIN
                 WHEN k.status = 'revoked' THEN 'key_revoked'
                 WHEN k.expires_at <= v_now THEN 'key_expired'
                 WHEN o.status <> 'active' THEN 'account_' || o.status
-                WHEN o.version + coalesce(k.version, 0) <> a.version THEN 'stale'
-                WHEN a.models_version <> v_models THEN 'stale'
+                WHEN o.version + coalesce(k.version + v_models, 0) <> a.version THEN 'stale'
             END AS verdict
         FROM asked AS a
         LEFT JOIN balances AS b ON a.account_id = b.account_id
@@ -3206,15 +3205,10 @@ VALUES (true, '', '{}', '00000000-0000-0000-0000-000000000000', 'epoch');
 -- A uuidv7 of now. PostgreSQL has one of its own from 18 on.
 CREATE FUNCTION new_uuid7() RETURNS uuid LANGUAGE sql VOLATILE
 RETURN encode(
-    -- Six bytes of milliseconds over a random uuid, and its version of 4 made 7.
+    -- Six bytes of milliseconds before ten of a random uuid, and its version of 4 made 7.
     set_bit(set_bit(
-        overlay(
-            uuid_send(gen_random_uuid())
-            PLACING substring(
-                int8send((extract(EPOCH FROM clock_timestamp()) * 1000)::bigint) FROM 3
-            )
-            FROM 1 FOR 6
-        ),
+        substring(int8send((extract(EPOCH FROM clock_timestamp()) * 1000)::bigint), 3)
+        || substring(uuid_send(gen_random_uuid()), 7),
         52, 1
     ), 53, 1),
     'hex'
@@ -4650,20 +4644,47 @@ END $$;
 
 -- What an account's entries p_first to p_last have taken, since p_since, of the budget of these keys
 -- or projects, in nano-USD: the sum that counting them one by one would have come to. A correction
--- counts when its request ended, everything else when it was posted.
+-- and a refund count when their request ended, a refund taken back when it was made, everything else
+-- when it was posted.
 CREATE FUNCTION spent_by(
     p_account_id uuid, p_scope_ids uuid[], p_since timestamptz, p_first bigint, p_last bigint
 ) RETURNS bigint
-LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
-    SELECT coalesce(sum(-e.posted_delta), 0)::bigint
-    FROM entries AS e
-    INNER JOIN usage AS u
-        ON e.account_id = p_account_id AND u.account_id = p_account_id
-        AND e.request_id = u.request_id
-    WHERE e.seq BETWEEN p_first AND p_last AND e.posted_delta <> 0
-        AND CASE e.kind WHEN 'correction' THEN u.settled_at ELSE e.at END >= p_since
-        AND (u.key_id = ANY(p_scope_ids) OR u.project_id = ANY(p_scope_ids))
-$$;
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(sum(-t.posted_delta), 0)::bigint
+        FROM (
+            SELECT e.posted_delta, u.key_id, u.project_id
+            FROM entries AS e
+            INNER JOIN usage AS u
+                ON e.account_id = p_account_id AND u.account_id = p_account_id
+                AND e.request_id = u.request_id
+            WHERE e.seq BETWEEN p_first AND p_last AND e.posted_delta <> 0
+                AND CASE e.kind WHEN 'correction' THEN u.settled_at ELSE e.at END >= p_since
+            UNION ALL
+            SELECT e.posted_delta, u.key_id, u.project_id
+            FROM funding AS f
+            INNER JOIN usage AS u
+                ON f.account_id = p_account_id AND u.account_id = p_account_id
+                AND f.subject_id = u.request_id
+            INNER JOIN entries AS e ON e.account_id = p_account_id AND f.entry_id = e.request_id
+            WHERE f.kind = 'refund' AND f.subject_id IS NOT NULL
+                AND e.seq BETWEEN p_first AND p_last AND u.settled_at >= p_since
+            UNION ALL
+            SELECT e.posted_delta, u.key_id, u.project_id
+            FROM funding AS r
+            INNER JOIN funding AS f
+                ON r.account_id = p_account_id AND f.account_id = p_account_id
+                AND r.subject_id = f.entry_id
+            INNER JOIN usage AS u ON u.account_id = p_account_id AND f.subject_id = u.request_id
+            INNER JOIN entries AS e ON e.account_id = p_account_id AND r.entry_id = e.request_id
+            WHERE r.kind = 'reversal' AND r.subject_id IS NOT NULL AND f.kind = 'refund'
+                AND e.seq BETWEEN p_first AND p_last AND f.at >= p_since
+        ) AS t
+        WHERE t.key_id = ANY(p_scope_ids) OR t.project_id = ANY(p_scope_ids)
+    );
+END $$;
 
 -- What the running period of a budget has taken so far: p_since is where it began, p_through the last
 -- entry that is in p_spent. Called with what an earlier call has answered it adds what came since,
@@ -5059,8 +5080,10 @@ INSERT INTO meta VALUES ('models_version', '0');
 
 -- What operators look accounts up by. A name is found by any three letters of it.
 CREATE FUNCTION name_trigrams(p_name text) RETURNS text[] LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-RETURN ARRAY(
-    SELECT DISTINCT substr(lower(p_name), n.i, 3)
+-- It takes far longer than a look into the index that has its results.
+COST 10000
+RETURN (
+    SELECT array_agg(DISTINCT substr(lower(p_name), n.i, 3))
     FROM generate_series(1, length(lower(p_name)) - 2) AS n(i)
 );
 CREATE INDEX accounts_by_name ON accounts USING gin (name_trigrams(name)) WITH (fastupdate = off);

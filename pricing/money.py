@@ -170,7 +170,7 @@ def _parse(text: str) -> tuple[int, int]:
     sign, whole, fraction, power = match.groups(default="")
     coefficient = int(whole + fraction)
     if sign == "-" and coefficient:
-        raise InvalidAmountError(f"{text!r} is negative")
+        raise InvalidAmountError(f"{text!r} is negative: it must be at least 0")
     exponent = int(power or "0")
     if abs(exponent) > _MAX_EXPONENT:
         raise InvalidAmountError(f"{text!r} is out of range")

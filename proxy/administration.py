@@ -13,6 +13,7 @@ from pricing.money import credits_text, nanos_from_credits, usd_text, usd_text_f
 from proxy.accounts import Accounts
 from proxy.api.admin_reviews import decision_of, refusal
 from proxy.db import make_pool, require_schema
+from proxy.directory import AccountFilter, Directory
 from proxy.errors import InvalidRequestError
 from proxy.ids import uuid7
 from proxy.keys import Keys, KeySettings, NewKey
@@ -47,6 +48,7 @@ class Administration:
 
     accounts: Accounts
     keys: Keys
+    directory: Directory
     ledger: Ledger
     reports: Reports
     reviews: Reviews
@@ -76,7 +78,11 @@ class Administration:
 
     async def list_accounts(self) -> Document:
         """List every account, newest first."""
-        rows = await _every(self.accounts.accounts, "account_id")
+
+        async def page(*, before: UUID | None, limit: int) -> list[Document]:
+            return (await self.directory.search(AccountFilter(), before=before, limit=limit)).rows
+
+        rows = await _every(page, "account_id")
         return {"data": [self._account(row) for row in rows]}
 
     async def grant(
@@ -297,6 +303,7 @@ async def administration(
             yield Administration(
                 Accounts(pool),
                 Keys(pool),
+                Directory(pool),
                 ledger,
                 reports,
                 reviews,

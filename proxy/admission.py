@@ -156,7 +156,7 @@ class Admission:
             account_id=principal.account_id,
             request_id=request_id,
             key_id=principal.key_id,
-            version=principal.version,
+            version=principal.version + plan.models_version,
             amount=plan.price_nanos,
             tokens=plan.input_tokens // BYTES_PER_TOKEN + (request.output_limit or 0) * request.n,
             ttl_s=self._limits.hold_ttl_s,
@@ -169,7 +169,6 @@ class Admission:
             account_requests_per_minute=terms.requests_per_minute,
             account_tokens_per_minute=terms.tokens_per_minute,
             account_max_concurrency=terms.max_concurrency,
-            models_version=plan.models_version,
         )
         try:
             return await self._ledger.authorize(hold)
@@ -282,9 +281,13 @@ _RATE_LIMITS = {
     f"{prefix}{limit}": f"This {whose} {text}"
     for prefix, whose in (("", "key's"), ("account_", "account's"))
     for limit, text in (
-        ("requests_per_minute", "limit of requests per minute is reached."),
-        ("tokens_per_minute", "limit of tokens per minute does not allow this request now."),
-        ("max_concurrency", "limit of requests under way at once is reached."),
+        ("requests_per_minute", "limit of requests per minute is reached. Wait for the next."),
+        (
+            "tokens_per_minute",
+            "limit of tokens per minute does not allow this request now. Wait for "
+            "the next, or ask for a shorter answer.",
+        ),
+        ("max_concurrency", "limit of requests under way at once is reached. Wait for one to end."),
     )
 }
 
@@ -309,7 +312,8 @@ def _short_of_money(
     )
     limit = _output_limit(plan)
     if affordable and plan.endpoint.output_limits:
-        message += f" Set {limit} to at most {affordable}, or add credits."
+        more = "add credits" if whose is None else "raise the budget"
+        message += f" Set {limit} to at most {affordable}, or {more}."
     else:
         message += " Add credits." if whose is None else " Raise the budget."
     return InsufficientCreditsError(

@@ -18,16 +18,18 @@ Row = dict[str, Any]
 
 # How many accounts a page of a search looks at: some 20 ms of PostgreSQL's time.
 _SCANNED_ACCOUNTS = 10_000
+# From so many on, the index of names knows them.
+_INDEXED_LETTERS = 3
 _LAST_UUID = UUID(int=2**128 - 1)
 
-# A name is compared as the index has it: in small letters.
+# A name is compared as its index has it: in small letters.
 _SEARCH: LiteralString = (
     "WITH looked_at AS MATERIALIZED (SELECT a.* FROM accounts AS a"
     " WHERE a.account_id < %(before)s"
-    " AND (%(name)s::text IS NULL OR length(lower(%(name)s)) < 3"
-    " OR name_trigrams(a.name) @> name_trigrams(%(name)s))"
-    " AND (%(key_prefix)s::text IS NULL OR a.account_id IN (SELECT k.account_id"
-    ' FROM virtual_keys AS k WHERE k.prefix COLLATE "C" = %(key_prefix)s))'
+    " AND (NOT %(by_name)s OR a.account_id = ANY(ARRAY(SELECT n.account_id FROM accounts AS n"
+    " WHERE name_trigrams(n.name) @> name_trigrams(%(name)s))))"
+    " AND (%(key_prefix)s::text IS NULL OR a.account_id = ANY(ARRAY(SELECT k.account_id"
+    ' FROM virtual_keys AS k WHERE k.prefix COLLATE "C" = %(key_prefix)s)))'
     " ORDER BY a.account_id DESC LIMIT %(scanned)s),"
     " found AS (SELECT a.account_id, a.name, a.tier, a.status, a.created_at, a.replay_retries,"
     " b.posted, b.reserved, b.credit_limit FROM looked_at AS a"
@@ -75,6 +77,21 @@ class Directory:
 
     async def search(self, wanted: AccountFilter, *, before: UUID | None, limit: int) -> Found:
         """Find accounts with their balances, newest first: at most `limit` of them."""
+        # What many names have in them is found sooner among the newest accounts than by its index.
+        found = await self._search(wanted, before=before, limit=limit, by_name=False)
+        if (
+            found.goes_on_before is None
+            or len(found.rows) >= limit
+            or len((wanted.name or "").lower()) < _INDEXED_LETTERS
+        ):
+            return found
+        return await self._search(wanted, before=before, limit=limit, by_name=True)
+
+    async def _search(
+        self, wanted: AccountFilter, *, before: UUID | None, limit: int, by_name: bool
+    ) -> Found:
+        is_any = wanted == AccountFilter()
+        scanned = limit if is_any else _SCANNED_ACCOUNTS
         async with (
             self._pool.connection() as connection,
             connection.cursor(row_factory=dict_row) as cursor,
@@ -90,13 +107,14 @@ class Directory:
                     "key_prefix": wanted.key_prefix,
                     "min_balance": wanted.min_balance,
                     "max_balance": wanted.max_balance,
-                    "scanned": _SCANNED_ACCOUNTS,
+                    "by_name": by_name,
+                    "scanned": scanned,
                     "limit": limit,
                 },
                 prepare=False,
             )
             rows = await cursor.fetchall()
-        has_more = rows[0]["scanned"] == _SCANNED_ACCOUNTS
+        has_more = not is_any and rows[0]["scanned"] == scanned
         return Found(
             [row for row in rows if row["account_id"] is not None],
             rows[0]["last_account_id"] if has_more else None,

@@ -30,7 +30,8 @@ class HoldRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     account_id: UUID
     request_id: UUID
     key_id: UUID
-    # The account's version plus the key's, as the caller knows them.
+    # The account's version plus the key's and that of the switches of models, as the caller knows
+    # them; where no key asks, the account's alone.
     version: int
     amount: int
     tokens: int
@@ -45,8 +46,6 @@ class HoldRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     account_requests_per_minute: int | None = None
     account_tokens_per_minute: int | None = None
     account_max_concurrency: int | None = None
-    # The version of the switches by which the model is on; None where no model is asked for.
-    models_version: int | None = None
 
 
 class Authorization(msgspec.Struct, frozen=True):

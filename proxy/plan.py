@@ -229,7 +229,10 @@ class Planner:
 def check_endpoint(principal: Principal, endpoint: Endpoint) -> None:
     """Refuse what the key may not be used for: PermissionDeniedError."""
     if not may_use_endpoint(principal, endpoint.name):
-        msg = f"This API key may not be used for {endpoint.path}."
+        msg = (
+            f"This API key may not be used for {endpoint.path}. Use another key, or add "
+            f"{endpoint.name!r} to its allowed_endpoints."
+        )
         raise PermissionDeniedError(msg, code="endpoint_not_allowed")
 
 

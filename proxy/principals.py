@@ -94,13 +94,17 @@ class Principals:
         if not principal.may(needs):
             message = (
                 f"A key with the role {principal.role!r} may not do this. Use a key with the role "
-                f"{'manage' if needs == 'manage' else 'inference'!r}."
+                f"{'manage' if needs == 'manage' else 'inference'!r}; where you have none, ask the "
+                "operator of this service for one."
             )
             return PermissionDeniedError(message)
         if principal.allowed_networks is not None:
             address = self._addresses.of(exchange.peer, exchange.header(b"x-forwarded-for"))
             if not is_within(address, principal.allowed_networks):
-                message = f"This API key may not be used from {address or 'where you are'}."
+                message = (
+                    f"This API key may not be used from {address or 'where you are'}. Use another "
+                    "key, or add the network to its allowed_networks."
+                )
                 return PermissionDeniedError(message, code="network_not_allowed")
         return None
 

@@ -184,7 +184,10 @@ def _conflict(outcome: str, holder: UUID) -> ConflictError:
         msg = "This Idempotency-Key came with another request before. Use a new key for a new one."
         return ConflictError(msg, code="idempotency_key_reused")
     if outcome == "in_flight":
-        msg = f"The request with this Idempotency-Key is still being carried out, as {holder}."
+        msg = (
+            f"The request with this Idempotency-Key is still being carried out, as {holder}. Send "
+            "it again later for its answer."
+        )
         return ConflictError(msg, code="idempotency_in_flight")
     msg = (
         f"The request with this Idempotency-Key was charged, as {holder}, and its answer is not "

@@ -9,7 +9,7 @@ from proxy.api.services import Services
 from proxy.api.web import bearer, exchange_of, take_turn
 from proxy.errors import AuthenticationError, PermissionDeniedError
 from proxy.exchange import Exchange
-from proxy.operators import OWNER_NAME, Operator
+from proxy.operators import OWNER_NAME, ROLES, Operator
 
 # Whoever holds the key of the settings runs the service.
 _OWNER = Operator(OWNER_NAME, "owner")
@@ -32,9 +32,10 @@ class AdminAccess:
         operator = await self._operator(exchange_of(request))
         take_turn(request, self._rates, operator.name, caller=operator.name)
         if not operator.may(operation.needs):
+            able = " or ".join(repr(role) for role in ROLES if operation.needs in ROLES[role])
             message = (
-                f"An admin key with the role {operator.role!r} may not do this: "
-                f"it needs a role that allows {operation.needs!r}."
+                f"An admin key with the role {operator.role!r} may not do this. Use one with the "
+                f"role {able}."
             )
             raise PermissionDeniedError(message)
         return operator

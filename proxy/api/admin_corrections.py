@@ -243,7 +243,10 @@ class AdminCorrections:
     def _refusal(self, done: Corrected, reference: str) -> TallygateError:
         match done.outcome:
             case "unknown":
-                return NotFoundError("This account has no such entry or request that has ended.")
+                return NotFoundError(
+                    "This account has no such entry, or no such request that has ended. Its "
+                    "ledger and its usage list them."
+                )
             case "conflict":
                 message = (
                     f"The reference {reference!r} was used for something else on this account. "

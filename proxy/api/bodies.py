@@ -187,7 +187,9 @@ def _explain(found: ErrorDetails, model: type[Body]) -> InvalidRequestError:
         case "missing":
             return InvalidRequestError(f"{param} is missing: send it.", param=param)
         case _:
-            return InvalidRequestError(f"{param}: {message}.", param=param)
+            # What is wrong with several members together has no name: the message names them.
+            where = param or "In this body"
+            return InvalidRequestError(f"{where}: {message}.", param=param)
 
 
 def nanos_of(credits_: str, nanos_per_credit: int, *, param: str, minimum: int = 1) -> int:

@@ -153,7 +153,10 @@ class ChargeApi:
         exchange = exchange_of(request)
         body = await read_body(exchange, NewCharge)
         if not may_use_endpoint(principal, _ENDPOINT):
-            message = "This API key may not be used for charges."
+            message = (
+                "This API key may not be used for charges. Use another key, or add 'charges' to "
+                "its allowed_endpoints."
+            )
             raise PermissionDeniedError(message, code="endpoint_not_allowed")
 
         async def reread_payer():  # noqa: ANN202 - as payer_of

@@ -83,7 +83,12 @@ class DataPlane:
             elif method == "POST" and path == _COUNT:
                 await self._unmetered.count_tokens(exchange)
             else:
-                message = f"{method} {path} is not offered here. See GET {_MODELS} for models."
+                message = (
+                    f"{path} takes POST, not {method}."
+                    if path in ENDPOINTS
+                    else f"{method} {path} is not offered here. GET /openapi.json lists what is, "
+                    f"and GET {_MODELS} the models."
+                )
                 raise NotFoundError(message, code="unsupported_endpoint")
         except TallygateError as error:
             await exchange.respond_error(error)

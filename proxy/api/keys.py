@@ -161,7 +161,7 @@ class KeyApi(Generic[Caller]):
         key_id = _key_id(request)
         body = await read_body(exchange_of(request), KeyRotation)
         if key_id == self._side.own_key(caller) and body.overlap_s == 0:
-            confirm(request, "revoked, and an answer that is lost is not told again")
+            confirm(request, "revoked before the new one is in your hands")
         rotated = await self._keys.rotate(
             account_id, key_id, overlap_s=body.overlap_s, actor=self._side.actor(caller)
         )

@@ -180,7 +180,7 @@ async def refuse_route(request: Request, error: Exception) -> Response:
         refusal = MethodNotAllowedError(f"{path} does not take {request.method}. Use {allowed}.")
         refusal.headers["allow"] = allowed
         raise refusal
-    raise NotFoundError(f"There is no {path} here. Check the path.")
+    raise NotFoundError(f"There is no {path} here. GET /openapi.json lists what there is.")
 
 
 def resource(path: str, **handlers: Handler) -> Route:

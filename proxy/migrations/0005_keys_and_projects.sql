@@ -865,20 +865,47 @@ END $$;
 
 -- What an account's entries p_first to p_last have taken, since p_since, of the budget of these keys
 -- or projects, in nano-USD: the sum that counting them one by one would have come to. A correction
--- counts when its request ended, everything else when it was posted.
+-- and a refund count when their request ended, a refund taken back when it was made, everything else
+-- when it was posted.
 CREATE FUNCTION spent_by(
     p_account_id uuid, p_scope_ids uuid[], p_since timestamptz, p_first bigint, p_last bigint
 ) RETURNS bigint
-LANGUAGE sql SET search_path = tallygate, pg_temp SET enable_seqscan = off AS $$
-    SELECT coalesce(sum(-e.posted_delta), 0)::bigint
-    FROM entries AS e
-    INNER JOIN usage AS u
-        ON e.account_id = p_account_id AND u.account_id = p_account_id
-        AND e.request_id = u.request_id
-    WHERE e.seq BETWEEN p_first AND p_last AND e.posted_delta <> 0
-        AND CASE e.kind WHEN 'correction' THEN u.settled_at ELSE e.at END >= p_since
-        AND (u.key_id = ANY(p_scope_ids) OR u.project_id = ANY(p_scope_ids))
-$$;
+LANGUAGE plpgsql SET search_path = tallygate, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(sum(-t.posted_delta), 0)::bigint
+        FROM (
+            SELECT e.posted_delta, u.key_id, u.project_id
+            FROM entries AS e
+            INNER JOIN usage AS u
+                ON e.account_id = p_account_id AND u.account_id = p_account_id
+                AND e.request_id = u.request_id
+            WHERE e.seq BETWEEN p_first AND p_last AND e.posted_delta <> 0
+                AND CASE e.kind WHEN 'correction' THEN u.settled_at ELSE e.at END >= p_since
+            UNION ALL
+            SELECT e.posted_delta, u.key_id, u.project_id
+            FROM funding AS f
+            INNER JOIN usage AS u
+                ON f.account_id = p_account_id AND u.account_id = p_account_id
+                AND f.subject_id = u.request_id
+            INNER JOIN entries AS e ON e.account_id = p_account_id AND f.entry_id = e.request_id
+            WHERE f.kind = 'refund' AND f.subject_id IS NOT NULL
+                AND e.seq BETWEEN p_first AND p_last AND u.settled_at >= p_since
+            UNION ALL
+            SELECT e.posted_delta, u.key_id, u.project_id
+            FROM funding AS r
+            INNER JOIN funding AS f
+                ON r.account_id = p_account_id AND f.account_id = p_account_id
+                AND r.subject_id = f.entry_id
+            INNER JOIN usage AS u ON u.account_id = p_account_id AND f.subject_id = u.request_id
+            INNER JOIN entries AS e ON e.account_id = p_account_id AND r.entry_id = e.request_id
+            WHERE r.kind = 'reversal' AND r.subject_id IS NOT NULL AND f.kind = 'refund'
+                AND e.seq BETWEEN p_first AND p_last AND f.at >= p_since
+        ) AS t
+        WHERE t.key_id = ANY(p_scope_ids) OR t.project_id = ANY(p_scope_ids)
+    );
+END $$;
 
 -- What the running period of a budget has taken so far: p_since is where it began, p_through the last
 -- entry that is in p_spent. Called with what an earlier call has answered it adds what came since,

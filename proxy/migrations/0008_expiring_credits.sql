@@ -85,15 +85,10 @@ VALUES (true, '', '{}', '00000000-0000-0000-0000-000000000000', 'epoch');
 -- A uuidv7 of now. PostgreSQL has one of its own from 18 on.
 CREATE FUNCTION new_uuid7() RETURNS uuid LANGUAGE sql VOLATILE
 RETURN encode(
-    -- Six bytes of milliseconds over a random uuid, and its version of 4 made 7.
+    -- Six bytes of milliseconds before ten of a random uuid, and its version of 4 made 7.
     set_bit(set_bit(
-        overlay(
-            uuid_send(gen_random_uuid())
-            PLACING substring(
-                int8send((extract(EPOCH FROM clock_timestamp()) * 1000)::bigint) FROM 3
-            )
-            FROM 1 FOR 6
-        ),
+        substring(int8send((extract(EPOCH FROM clock_timestamp()) * 1000)::bigint), 3)
+        || substring(uuid_send(gen_random_uuid()), 7),
         52, 1
     ), 53, 1),
     'hex'

@@ -131,8 +131,8 @@ def test_replay_of_a_draft_predicts_what_the_published_draft_bills(
 
 def test_commands_of_the_page_on_prices_work(make_house: Callable[..., House]) -> None:
     house = make_house(config=LIVE, litellm_url="http://127.0.0.1:1", wait=False)
-    page = (ROOT / "docs" / "operations.md").read_text()
-    (commands,) = re.findall(r"## Prices.*?```bash\n(.*?)```", page, re.DOTALL)
+    page = (ROOT / "docs" / "selling.md").read_text()
+    (commands,) = re.findall(r"## Prices.*?```sh\n(.*?)```", page, re.DOTALL)
     # Each command stands in a line of its own, and answers one.
     strict = "set -eo pipefail; curl() { command curl --fail-with-body -w '\\n' \"$@\"; }\n"
     done = subprocess.run(

@@ -14,6 +14,7 @@ from proxy.audit import audit
 from proxy.charges import Order, Payer
 from proxy.errors import MeteringUnavailableError
 from proxy.ids import uuid7
+from proxy.ledger import Authorization
 from tests.integration.money import Money
 from tests.support.api import Api
 from tests.support.service import ADMIN_KEY
@@ -519,6 +520,21 @@ async def test_a_key_that_changes_meanwhile_is_read_again(
     await shop.charge()
     assert len(asked) == 2
     assert await shop.available() == "99"
+
+
+async def test_a_key_that_stood_twice_in_a_batch_goes_on_like_the_first(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = shop.api.services.ledger
+    authorize = ledger.authorize
+    twice = Authorization("duplicate", *[None] * 6)
+
+    async def in_one_batch(hold: Any) -> Any:
+        authorization = await authorize(hold)
+        return twice if authorization.outcome == "held" else authorization
+
+    monkeypatch.setattr(ledger, "authorize", in_one_batch)
+    assert (await shop.charge())["status"] == "captured"
 
 
 async def test_a_charge_that_nobody_knows_any_more_is_void(

@@ -48,6 +48,16 @@ def test_an_account_is_made_with_credits_and_listed(run: Run) -> None:
     assert (listed["name"], listed["tier"], listed["status"]) == ("Ada", "gold", "active")
 
 
+def test_an_account_gets_what_its_tier_gives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers = {"free": {"starter_credits": "5", "monthly_credits": "7"}}
+    monkeypatch.setenv("TALLYGATE_TIERS", json.dumps(tiers))
+
+    made = run("account", "create", "Ada", "--tier", "free", "--credits", "10")
+
+    assert made["balance"]["posted"]["credits"] == "22"
+    assert "Use one of free" in run("account", "create", "Bea", "--tier", "fre", code=1)
+
+
 def test_a_wrong_amount_makes_no_account(run: Run) -> None:
     assert "not a decimal number" in run("account", "create", "Ada", "--credits", "lots", code=2)
     assert run("account", "list") == {"data": []}
@@ -119,6 +129,29 @@ def test_rotating_a_key_makes_its_like_and_revokes_it(run: Run) -> None:
     for same in ("name", "requests_per_minute", "allowed_models", "expires_at"):
         assert newest[same] == revoked[same]
     assert "is revoked" in run("key", "rotate", account, old["id"], code=1)
+
+
+def test_a_key_is_made_for_what_it_is_good_for_and_rotated_with_an_overlap(run: Run) -> None:
+    account = run("account", "create", "Ada")["id"]
+    old = run(
+        *("key", "create", account, "website", "--role", "read-only"),
+        *("--endpoints", "chat.completions,audio.*", "--networks", "192.0.2.0/24,2001:db8::/32"),
+    )
+    new = run("key", "rotate", account, old["id"], "--overlap", "1d")
+    made, replaced = run("key", "list", account)["data"]
+    for key in (made, replaced):
+        assert (key["role"], key["status"]) == ("read-only", "active")
+        assert key["allowed_endpoints"] == ["chat.completions", "audio.*"]
+        assert key["allowed_networks"] == ["192.0.2.0/24", "2001:db8::/32"]
+    assert (made["id"], made["expires_at"]) == (new["id"], None)
+    assert replaced["replaced_by"] == new["id"]
+    assert replaced["expires_at"] is not None
+    assert "rotate that one" in run("key", "rotate", account, old["id"], code=1)
+    for wrong in (("--overlap", "8d"), ("--overlap", "soon")):
+        run("key", "rotate", account, new["id"], *wrong, code=2)
+    run("key", "create", account, "k", "--networks", "192.0.2.1/24", code=2)
+    nothing = str(uuid4())
+    assert nothing in run("key", "create", account, "k", "--project", nothing, code=1)
 
 
 def test_revoking_twice_is_no_error(run: Run) -> None:

@@ -194,9 +194,18 @@ def test_spending_that_comes_late_is_counted_as_if_it_had_been_counted_at_once(
                 uuid7(),
             )
             assert outcome == "resolved"
+        for amount, is_kept in ((30, True), (9, False)):
+            refund_id = uuid7()
+            args = (money.account_id, refund_id, priced["request_id"], amount, str(amount))
+            money.one("SELECT outcome FROM refund(%s, %s, %s, %s, %s, 'why', 'ada')", *args)
+            if not is_kept:
+                args = (money.account_id, uuid7(), refund_id)
+                money.one(
+                    "SELECT outcome FROM reverse_funding(%s, %s, %s, 'r', 'why', 'ada')", *args
+                )
     change(without, budget=5000, budget_period="month")
     (expected, found) = (counters(money, money.key_id) for money in (with_budget, without))
-    assert expected == found == (0, 0, 100 + 60 + 80 + 25)
+    assert expected == found == (0, 0, 100 + 60 + 80 + 25 - 30)
 
 
 def test_what_is_charged_while_a_budget_is_counted_is_in_it(

@@ -349,8 +349,8 @@ async def test_switch_of_nothing_or_of_two_things_is_refused(api: Api) -> None:
         await api.refused("POST", f"{ADMIN}/model-switches", 400, json={"reason": "r", **body})
 
 
-def _ask(money: Money, models_version: int | None) -> list[str]:
-    return money.authorize(money.request(0, models_version=models_version))
+def _ask(money: Money, models_version: int) -> list[str]:
+    return money.authorize(money.request(0, version=money.version + models_version))
 
 
 async def test_copy_of_the_switches_that_is_outdated_is_found_out_by_the_ledger(
@@ -364,8 +364,9 @@ async def test_copy_of_the_switches_that_is_outdated_is_found_out_by_the_ledger(
     assert after.find("gpt-4o", ()) is not None
     assert after.find("claude", ()) is None
     assert _ask(money, after.version) == ["held"]
-    # What asks for no model, and proxies that know nothing of switches, go on.
-    assert _ask(money, None) == ["held"]
+    # What no key asks for is no call of a model.
+    charge = money.request(0, key_id=str(money.account_id), version=1)
+    assert money.authorize(charge) == ["held"]
     await api.admin("DELETE", f"/model-switches/{made['id']}")
     assert _ask(money, after.version) == ["stale"]
 

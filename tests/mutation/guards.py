@@ -235,11 +235,19 @@ _DECISIONS = [
         [
             Patch(
                 SCHEMA,
-                "                WHEN o.version + k.version <> a.version THEN 'stale'\n",
+                "                WHEN o.version + coalesce(k.version + v_models, 0) <> a.version THEN 'stale'\n",
                 "",
             )
         ],
         [f"{AUTHORIZE}::test_key_and_account_are_judged_in_the_same_call", MODEL],
+    ),
+    Guard(
+        "an outdated copy of the switches of models is found out (stale)",
+        [Patch(SCHEMA, "coalesce(k.version + v_models, 0)", "coalesce(k.version, 0)")],
+        [
+            "tests/integration/test_operators_api.py"
+            "::test_copy_of_the_switches_that_is_outdated_is_found_out_by_the_ledger"
+        ],
     ),
     Guard(
         "of two settlements of a request in a batch the first counts",

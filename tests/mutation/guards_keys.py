@@ -13,8 +13,8 @@ KEY_GUARDS = (
         [
             Patch(
                 SCHEMA,
-                "        PERFORM count_open_holds(p_account_id, p_key_id, key_line(p_account_id, p_key_id));\n",
-                "        NULL;\n",
+                "    IF v_new.is_limited AND NOT v_old.is_limited THEN\n",
+                "    IF false THEN\n",
             )
         ],
         [
@@ -93,12 +93,12 @@ KEY_GUARDS = (
         [_ALL_REPLICAS],
     ),
     Guard(
-        "what a copy of a key refuses is asked of the database",
+        "a copy of a key lets nobody past its role and networks",
         [
             Patch(
                 "proxy/principals.py",
-                "                and self._misuse(copy[1], exchange, needs) is None\n",
-                "",
+                "                if is_plain or self._misuse(known, exchange, needs) is None:\n",
+                "                if is_plain or known:\n",
             )
         ],
         [_ALL_REPLICAS],

@@ -41,7 +41,7 @@ def test_every_secret_signs_and_a_changed_body_is_noticed() -> None:
 
 
 def test_the_snippet_of_the_docs_verifies() -> None:
-    page = (ROOT / "docs" / "operations.md").read_text()
+    page = (ROOT / "docs" / "webhooks.md").read_text()
     (snippet,) = re.findall(r"```python\n(import base64.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     exec(snippet, names)  # noqa: S102 - what receivers are told to run
