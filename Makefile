@@ -12,6 +12,8 @@ CLIENTS_STAMP := $(VENV)/clients/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Trust the authorities that the machine trusts, as pip does.
 export UV_SYSTEM_CERTS = 1
+# A run of the tests starts hundreds of Pythons: each would compile all its modules anew.
+export PYTHONDONTWRITEBYTECODE =
 # npm writes no addresses into its locks.
 export npm_config_omit_lockfile_registry_resolved = true
 

@@ -4140,7 +4140,7 @@ RETURNS integer LANGUAGE sql IMMUTABLE STRICT
 RETURN (
     SELECT CASE
         WHEN p_every = 'month'
-        THEN m.number - (recurring_period(p_starts_at, 'month', m.number) > p_at)::integer
+        THEN months - (recurring_period(p_starts_at, 'month', months) > p_at)::integer
         ELSE floor(
             extract(EPOCH FROM p_at - p_starts_at)
             / CASE p_every WHEN 'hour' THEN 3600 WHEN 'day' THEN 86400 ELSE 604800 END
@@ -4153,8 +4153,8 @@ RETURN (
                 - extract(YEAR FROM p_starts_at AT TIME ZONE 'UTC')
             ) + extract(MONTH FROM p_at AT TIME ZONE 'UTC')
             - extract(MONTH FROM p_starts_at AT TIME ZONE 'UTC')
-        )::integer AS number
-    ) AS m
+        )::integer AS months
+    ) AS elapsed
 );
 
 -- Make a recurring charge. p_recurring has the columns of `recurring_charges`. Answers new, exists or

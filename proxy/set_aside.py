@@ -164,7 +164,8 @@ class SetAside:
         """Find a key of the account that works, one without limits if there is one."""
         async with self._pool.connection() as connection:
             cursor = await connection.execute(
-                "SELECT k.key_id, a.version + k.version AS version, a.tier,"
+                "SELECT k.key_id, a.version + k.version + (SELECT m.value::integer FROM meta AS m"
+                " WHERE m.name = 'models_version') AS version, a.tier,"
                 " coalesce(price_book_at(clock_timestamp()), 0) AS price_version"
                 " FROM virtual_keys AS k INNER JOIN accounts AS a ON k.account_id = a.account_id"
                 " WHERE k.account_id = %s AND k.status = 'active'"

@@ -9,6 +9,7 @@ pytest_plugins = [
     "tests.support.postgres",
     "tests.support.provider",
     "tests.support.litellm",
+    "tests.support.litellm_names",
     "tests.support.service",
     "tests.support.api",
 ]

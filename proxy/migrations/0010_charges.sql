@@ -16,11 +16,11 @@ CREATE INDEX funding_by_subject ON funding (account_id, subject_id) WHERE subjec
 --
 -- p_batch is a JSON array of {account_id, request_id, key_id, version, amount, tokens, ttl_s,
 -- endpoint, model, tier, streamed, byok, price_version, account_requests_per_minute,
--- account_tokens_per_minute, account_max_concurrency, models_version}. `version` is the sum of the
--- account's and the key's version as the proxy knows them, `models_version` that of the switches of
--- models, left out where no model is asked for; the three before it are the limits of the account's
--- tier, left out where there are none. What no key asks for has the account's id as its key_id, and
--- the account's version. Answers a row for each, in order:
+-- account_tokens_per_minute, account_max_concurrency}. `version` is the sum of the account's and
+-- the key's version and models_version of `meta` as the proxy knows them, each of which only grows;
+-- the last three are the limits of the account's tier, left out where there are none. What no key
+-- asks for has the account's id as its key_id, and the account's version. Answers a row for each, in
+-- order:
 --
 --   held                   the hold stands
 --   exists                 this request already has its hold: a replay after a lost answer
@@ -82,12 +82,12 @@ BEGIN
                 tokens bigint, ttl_s integer, endpoint text, model text, tier text,
                 streamed boolean, byok boolean, price_version integer,
                 account_requests_per_minute integer, account_tokens_per_minute bigint,
-                account_max_concurrency integer, models_version integer
+                account_max_concurrency integer
             )
         ) WITH ORDINALITY AS r(
             account_id, request_id, key_id, version, amount, tokens, ttl_s, endpoint, model, tier,
             streamed, byok, price_version, account_requests_per_minute, account_tokens_per_minute,
-            account_max_concurrency, models_version, ord
+            account_max_concurrency, ord
         )
     ),
     known AS MATERIALIZED (
@@ -140,8 +140,7 @@ BEGIN
                 WHEN k.status = 'revoked' THEN 'key_revoked'
                 WHEN k.expires_at <= v_now THEN 'key_expired'
                 WHEN o.status <> 'active' THEN 'account_' || o.status
-                WHEN o.version + coalesce(k.version, 0) <> a.version THEN 'stale'
-                WHEN a.models_version <> v_models THEN 'stale'
+                WHEN o.version + coalesce(k.version + v_models, 0) <> a.version THEN 'stale'
             END AS verdict
         FROM asked AS a
         LEFT JOIN balances AS b ON a.account_id = b.account_id
@@ -670,7 +669,7 @@ RETURNS integer LANGUAGE sql IMMUTABLE STRICT
 RETURN (
     SELECT CASE
         WHEN p_every = 'month'
-        THEN m.number - (recurring_period(p_starts_at, 'month', m.number) > p_at)::integer
+        THEN months - (recurring_period(p_starts_at, 'month', months) > p_at)::integer
         ELSE floor(
             extract(EPOCH FROM p_at - p_starts_at)
             / CASE p_every WHEN 'hour' THEN 3600 WHEN 'day' THEN 86400 ELSE 604800 END
@@ -683,8 +682,8 @@ RETURN (
                 - extract(YEAR FROM p_starts_at AT TIME ZONE 'UTC')
             ) + extract(MONTH FROM p_at AT TIME ZONE 'UTC')
             - extract(MONTH FROM p_starts_at AT TIME ZONE 'UTC')
-        )::integer AS number
-    ) AS m
+        )::integer AS months
+    ) AS elapsed
 );
 
 -- Make a recurring charge. p_recurring has the columns of `recurring_charges`. Answers new, exists or

@@ -259,11 +259,12 @@ def _heal(stage: Stage) -> None:
 def fill_disk(stage: Stage, draw: random.Random) -> None:
     """Have no room for what PostgreSQL can't take; then one of the two comes back."""
     replica = draw.choice(stage.replicas)
-    with _full_disk(replica) as filler:
+    with _full_disk(replica) as (filler, is_noticed):
         time.sleep(_outage(draw))
         if draw.random() < 0.5:
             filler.unlink()
-            wait_for(lambda: bool(_waiting(replica)), "a spool", timeout_s=5)
+            if is_noticed:
+                wait_for(lambda: bool(_waiting(replica)), "a spool", timeout_s=5)
         replica.wire.heal()
 
 
@@ -274,8 +275,10 @@ def fill_disk_for_long(stage: Stage, draw: random.Random) -> None:
 
 
 @contextmanager
-def _full_disk(replica: Replica) -> Generator[Path]:
-    """Have a replica's spool on a full disk, and PostgreSQL out of its reach; yields what fills it.
+def _full_disk(replica: Replica) -> Generator[tuple[Path, bool]]:
+    """Have a replica's spool on a full disk, and PostgreSQL out of its reach.
+
+    Yields what fills it, and whether a charge was under way that found neither.
 
     The disk is a tmpfs in a mount namespace of the replica's own: it vanishes with it.
     """
@@ -292,7 +295,7 @@ def _full_disk(replica: Replica) -> Generator[Path]:
     replica.wire.part()
     with suppress(ChaosError):  # nothing was under way just then
         wait_for(lambda: replica.service.log().count(_NOWHERE) > said, "a full disk", timeout_s=5)
-    yield filler
+    yield filler, replica.service.log().count(_NOWHERE) > said
     filler.unlink(missing_ok=True)
     replica.wire.heal()
     wait_for(lambda: not _waiting(replica), "the small spool to be replayed")

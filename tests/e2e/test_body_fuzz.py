@@ -13,7 +13,7 @@ from proxy.errors import InvalidRequestError
 from proxy.firewall import DROPPED, check_body
 from tests.e2e.surface import EVIL, Surface, surface
 from tests.support.calls import CALLS
-from tests.support.litellm_names import names_known_to_litellm
+from tests.support.litellm_names import Names
 
 __all__ = ["surface"]
 
@@ -57,10 +57,9 @@ HOSTILE: list[Any] = [
 EXAMPLES = 24
 
 
-def names_for(path: str) -> tuple[list[str], list[str]]:
+def names_for(path: str, known: Names) -> tuple[list[str], list[str]]:
     """Names that pass or are dropped on an endpoint, and all that LiteLLM knows."""
     endpoint = ENDPOINTS[path]
-    known = names_known_to_litellm()
     every = known.settings.union(known.in_code, *known.endpoints.values())
     every |= endpoint.policy.allowed | endpoint.policy.files
     passing = set(endpoint.policy.allowed | DROPPED)
@@ -76,10 +75,10 @@ def names_for(path: str) -> tuple[list[str], list[str]]:
 @pytest.mark.skipif(find_spec("litellm") is None, reason="LiteLLM is not installed")
 @pytest.mark.parametrize("path", CALLS)
 def test_no_body_of_litellms_names_changes_price_route_credentials_or_others(
-    surface: Surface, path: str
+    surface: Surface, litellm_names: Names, path: str
 ) -> None:
     call = CALLS[path]
-    passing, every = names_for(path)
+    passing, every = names_for(path, litellm_names)
     own_names = ENDPOINTS[path].policy.allowed
 
     @settings(

@@ -32,7 +32,7 @@ class RunningLiteLLM(NamedTuple):
 
 @pytest.fixture(scope="session")
 def litellm(provider_server: FakeProvider) -> Iterator[RunningLiteLLM]:
-    """LiteLLM with the models above and `mock`, which answers by itself."""
+    """LiteLLM with the models above, and `mock` and the guides' `demo`: it answers them itself."""
     directory = Path(tempfile.mkdtemp(prefix="tallygate-litellm-"))
     child = LiteLLMChild(
         litellm_section(provider_server.url),
@@ -59,8 +59,9 @@ def litellm_section(provider_url: str) -> dict[str, Any]:
         for name, info in MODELS.items()
     ]
     mock = {"model": "openai/mock", "api_key": "none", "mock_response": "A mocked answer."}
-    models.append(
-        {"model_name": "mock", "litellm_params": mock, "model_info": {**LIMITS, **PRICES}}
-    )
+    models += [
+        {"model_name": name, "litellm_params": mock, "model_info": {**LIMITS, **PRICES}}
+        for name in ("mock", "demo")
+    ]
     # Its own retries would hide from a test what one failure does.
     return {"model_list": models, "router_settings": {"num_retries": 0}}

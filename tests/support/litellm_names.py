@@ -1,15 +1,18 @@
 """The names that LiteLLM knows in a request's body, read from the LiteLLM that is installed.
 
-It is asked in a process of its own: importing it takes seconds and 173 MB.
+It is asked in a process of its own: importing it takes seconds and 173 MB. Nor is it measured.
 """
 
 import os
 import subprocess
 import sys
-from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import pytest
+
+from tests.support.once import once
 
 _SCRIPT = r"""
 import inspect, json, re
@@ -95,13 +98,19 @@ class Names(NamedTuple):
     in_code: frozenset[str]
 
 
-@lru_cache(maxsize=1)
-def names_known_to_litellm() -> Names:
-    """Ask the installed LiteLLM."""
+@pytest.fixture(scope="session")
+def litellm_names(tmp_path_factory: pytest.TempPathFactory) -> Names:
+    """What the installed LiteLLM knows; it is asked once a run."""
+    answer = once(tmp_path_factory, "litellm-names.json", _ask).read_bytes()
+    return msgspec.json.decode(answer, type=Names)
+
+
+def _ask(path: Path) -> None:
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("COVERAGE_")}
     printed = subprocess.run(
         [sys.executable, "-c", _SCRIPT],
-        env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+        env={**environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
         check=True,
         capture_output=True,
     ).stdout
-    return msgspec.json.decode(printed.splitlines()[-1], type=Names)
+    path.write_bytes(printed.splitlines()[-1])

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from proxy.db import migrate
 from proxy.embedded.postgres import MAJOR_VERSION, EmbeddedPostgres
+from tests.support.once import once
 
 # The tests kill processes and never the machine: what the kernel has is not lost.
 QUICK = {"fsync": "off", "full_page_writes": "off"}
@@ -33,15 +35,21 @@ def make_server(directory: Path, **settings: str) -> EmbeddedPostgres:
 
 
 class Cluster:
-    """A running server whose template database holds the schema."""
+    """A running server whose template database holds the schema.
 
-    def __init__(self, directory: Path) -> None:
+    With a `pattern`, the data directory of a stopped one, it begins as that one ended.
+    """
+
+    def __init__(self, directory: Path, pattern: Path | None = None) -> None:
         self.directory = directory
         self.server = make_server(directory)
+        if pattern is not None:
+            copy_cluster(pattern, self.server.pgdata)
         self.server.start()
         self._numbers = count(1)
-        self._execute("CREATE DATABASE template_tallygate")
-        migrate(self.server.url("template_tallygate"))
+        if pattern is None:
+            self._execute("CREATE DATABASE template_tallygate")
+            migrate(self.server.url("template_tallygate"))
 
     def clone(self, *, empty: bool = False) -> str:
         """Make a database with the schema, or without; returns a superuser's URL."""
@@ -87,13 +95,18 @@ class Cluster:
             connection.execute(cast("LiteralString", statement))
 
 
+def copy_cluster(pgdata: Path, to: Path) -> None:
+    """Copy the data of a stopped server; its files keep their owner, who may not be us."""
+    subprocess.run(["cp", "-a", pgdata, to], check=True)
+
+
 @contextmanager
-def _cluster(prefix: str) -> Generator[Cluster]:
+def _cluster(prefix: str, pattern: Path | None = None) -> Generator[Cluster]:
     # Not pytest's own directory: that is private to root, and PostgreSQL runs as somebody else.
     directory = Path(tempfile.mkdtemp(prefix=prefix))
     cluster: Cluster | None = None
     try:
-        cluster = Cluster(directory)
+        cluster = Cluster(directory, pattern)
         yield cluster
     finally:
         if cluster is not None:
@@ -102,16 +115,28 @@ def _cluster(prefix: str) -> Generator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Cluster]:
+def cluster_pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data directory of a stopped cluster, made once a run: initdb and the schema take 2 s."""
+    return once(tmp_path_factory, f"cluster-{VERSION}", _make_pattern)
+
+
+def _make_pattern(path: Path) -> None:
+    with _cluster("tallygate-pattern-") as cluster:
+        cluster.stop()
+        copy_cluster(cluster.server.pgdata, path)
+
+
+@pytest.fixture(scope="session")
+def postgres(cluster_pattern: Path) -> Iterator[Cluster]:
     """The worker's cluster, shared by its tests: don't stop it."""
-    with _cluster("tallygate-test-") as cluster:
+    with _cluster("tallygate-test-", cluster_pattern) as cluster:
         yield cluster
 
 
 @pytest.fixture
-def own_cluster() -> Iterator[Cluster]:
+def own_cluster(cluster_pattern: Path) -> Iterator[Cluster]:
     """A cluster of the test's own, to be killed, stopped and started at will."""
-    with _cluster("tallygate-own-") as cluster:
+    with _cluster("tallygate-own-", cluster_pattern) as cluster:
         yield cluster
 
 

@@ -25,7 +25,7 @@ from proxy.firewall import (
     upstream_headers,
 )
 from proxy.wire.form import Form, FormFile
-from tests.support.litellm_names import names_known_to_litellm
+from tests.support.litellm_names import Names
 
 
 def check(**members: object) -> dict[str, Any]:
@@ -220,8 +220,10 @@ INNOCENT = set(
 
 @pytest.mark.skipif(find_spec("litellm") is None, reason="LiteLLM is not installed")
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
-def test_every_name_that_litellm_knows_is_decided_upon(endpoint: Endpoint) -> None:
-    known = names_known_to_litellm()
+def test_every_name_that_litellm_knows_is_decided_upon(
+    endpoint: Endpoint, litellm_names: Names
+) -> None:
+    known = litellm_names
     assert len(known.settings) > 400
     assert len(known.in_code) > 200
     own = known.endpoints.get(endpoint.name, frozenset[str]())
