@@ -40,6 +40,7 @@ check: $(STAMP)
 	$(BIN)/sqlfluff lint --processes 1 --disable-progress-bar $(wildcard schema.sql proxy/migrations)
 	$(BIN)/codespell
 	$(BIN)/vulture
+	$(BIN)/python -m tests.dependency_audit
 
 # The description of every endpoint, from the code.
 api-docs: $(STAMP)

@@ -627,7 +627,7 @@ END;
 -- p_batch is a JSON array of {account_id, request_id, key_id, version, amount, tokens, ttl_s,
 -- endpoint, model, tier, streamed, byok, price_version, account_requests_per_minute,
 -- account_tokens_per_minute, account_max_concurrency}. `version` is the sum of the account's and
--- the key's version and models_version of `meta` as the proxy knows them, each of which only grows;
+-- the key's version and, but for charges, models_version of `meta` as the proxy knows them;
 -- the last three are the limits of the account's tier, left out where there are none. What no key
 -- asks for has the account's id as its key_id, and the account's version. Answers a row for each, in
 -- order:
@@ -750,7 +750,10 @@ BEGIN
                 WHEN k.status = 'revoked' THEN 'key_revoked'
                 WHEN k.expires_at <= v_now THEN 'key_expired'
                 WHEN o.status <> 'active' THEN 'account_' || o.status
-                WHEN o.version + coalesce(k.version + v_models, 0) <> a.version THEN 'stale'
+                -- The action of a charge is no model, so no switch is for it.
+                WHEN o.version + coalesce(
+                    k.version + CASE a.endpoint WHEN 'charges' THEN 0 ELSE v_models END, 0
+                ) <> a.version THEN 'stale'
             END AS verdict
         FROM asked AS a
         LEFT JOIN balances AS b ON a.account_id = b.account_id

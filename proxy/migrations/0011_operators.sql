@@ -335,7 +335,10 @@ BEGIN
                 WHEN k.status = 'revoked' THEN 'key_revoked'
                 WHEN k.expires_at <= v_now THEN 'key_expired'
                 WHEN o.status <> 'active' THEN 'account_' || o.status
-                WHEN o.version + coalesce(k.version + v_models, 0) <> a.version THEN 'stale'
+                -- The action of a charge is no model, so no switch is for it.
+                WHEN o.version + coalesce(
+                    k.version + CASE a.endpoint WHEN 'charges' THEN 0 ELSE v_models END, 0
+                ) <> a.version THEN 'stale'
             END AS verdict
         FROM asked AS a
         LEFT JOIN balances AS b ON a.account_id = b.account_id

@@ -24,6 +24,7 @@ from proxy.spool import Spool
 from proxy.up import Trace
 from tests.integration.money import Money
 from tests.support.litellm import RunningLiteLLM
+from tests.support.postgres import copy_cluster
 from tests.support.service import NO_TLS, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +92,15 @@ NewUp = Callable[..., Up]
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[NewUp]:
+def up(tmp_path: Path, cluster_pattern: Path) -> Iterator[NewUp]:
+    """Set services up; unless they shall begin with nothing, initdb has been done for them."""
     made: list[Up] = []
 
-    def make(name: str = "data", **environ: str) -> Up:
+    def make(name: str = "data", *, with_nothing: bool = False, **environ: str) -> Up:
         made.append(Up(tmp_path / name, **environ))
+        if not with_nothing:
+            made[-1].data_dir.mkdir()
+            copy_cluster(cluster_pattern, made[-1].data_dir / "postgres")
         return made[-1]
 
     yield make
@@ -137,7 +142,7 @@ def chat(ready: Mapping[str, Any], model: str) -> httpx.Response:
 
 
 def test_one_command_serves_meters_and_leaves_nothing_behind(up: NewUp) -> None:
-    service = up()
+    service = up(with_nothing=True)
     ready = service.start()
 
     pasted = subprocess.run(
@@ -271,7 +276,8 @@ def test_a_directory_in_use_is_refused(up: NewUp, litellm: RunningLiteLLM) -> No
 
 
 def test_a_port_in_use_is_refused(up: NewUp, litellm: RunningLiteLLM) -> None:
-    service = up(TALLYGATE_LITELLM_URL=litellm.url, TALLYGATE_PORT=litellm.url.rpartition(":")[2])
+    taken = litellm.url.rpartition(":")[2]
+    service = up(with_nothing=True, TALLYGATE_LITELLM_URL=litellm.url, TALLYGATE_PORT=taken)
     code, output, errors = service.run("up", "--json")
     assert (code, output) == (2, "")
     assert "TALLYGATE_PORT" in errors

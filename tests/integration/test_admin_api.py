@@ -103,7 +103,7 @@ async def test_account_is_made_read_and_listed_in_one_shape(api: Api) -> None:
         "credit_limit": nothing,
     }
     assert abs(_utc(made["created_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
-    more = {"status_reason": None, "overrides": {}, "last_request_at": None}
+    more: dict[str, object] = {"status_reason": None, "overrides": {}, "last_request_at": None}
     shown = await api.admin("GET", f"/accounts/{made['id']}")
     assert shown == {**made, **more, "active_keys": 0, "all_keys": 0}
     assert (await api.admin("GET", "/accounts"))["data"] == [made]

@@ -74,7 +74,7 @@ async def house() -> AsyncIterator[House]:
     yield app
     server.close()
     for connection in list(state.connections):
-        connection.transport.abort()  # type: ignore[union-attr]
+        connection.transport.abort()
     await asyncio.sleep(0)
 
 

@@ -313,7 +313,8 @@ async def test_open_holds_of_a_closed_account_end_as_they_do(api: Api, money: Mo
 async def test_reason_is_asked_for(api: Api) -> None:
     account_id = await api.new_account()
     for act in ("suspend", "close"):
-        for body in ({}, {"reason": ""}, {"reason": "\x00"}, {"reason": 1}, []):
+        bodies: list[object] = [{}, {"reason": ""}, {"reason": "\x00"}, {"reason": 1}, []]
+        for body in bodies:
             await api.refused("POST", f"{ADMIN}/accounts/{account_id}/{act}", 400, json=body)
         await api.refused("POST", f"{ADMIN}/accounts/{uuid7()}/{act}", 404, json={"reason": "r"})
 

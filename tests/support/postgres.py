@@ -97,7 +97,7 @@ class Cluster:
 
 def copy_cluster(pgdata: Path, to: Path) -> None:
     """Copy the data of a stopped server; its files keep their owner, who may not be us."""
-    subprocess.run(["cp", "-a", pgdata, to], check=True)
+    subprocess.run(["/bin/cp", "-a", pgdata, to], check=True)
 
 
 @contextmanager
