@@ -284,7 +284,7 @@ _RATE_LIMITS = {
         ("requests_per_minute", "limit of requests per minute is reached. Wait for the next."),
         (
             "tokens_per_minute",
-            "limit of tokens per minute does not allow this now. Wait, or ask for a shorter answer.",
+            "limit of tokens per minute does not allow this now. Wait, or ask for a shorter one.",
         ),
         ("max_concurrency", "limit of requests under way at once is reached. Wait for one to end."),
     )
