@@ -150,7 +150,7 @@ class Accounts:
         return row is not None and bool(row[0])
 
     async def low_balance(self, account_id: UUID) -> int | None:
-        """Read below what balance, in nano-USD, the account's is low; None where that is not set."""
+        """Read below what the account's balance is low, in nano-USD; None where that is not set."""
         async with self._pool.connection() as connection:
             cursor = await connection.execute(
                 "SELECT low_balance_threshold FROM accounts WHERE account_id = %s", (account_id,)

@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _complain(f"PostgreSQL can't be reached: {error}", 2)
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        # Whoever read what was printed has seen enough, as `head` has; nothing more is written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code)
 
 

@@ -169,13 +169,18 @@ async def read_body(
         return model.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise _explain(found, model) from None
+        raise _explain(found, model, is_empty=not body.strip()) from None
 
 
-def _explain(found: ErrorDetails, model: type[Body]) -> InvalidRequestError:
+def _explain(
+    found: ErrorDetails, model: type[Body], *, is_empty: bool = False
+) -> InvalidRequestError:
     param = ".".join(str(part) for part in found["loc"]) or None
     message = found["msg"].removeprefix("Value error, ")
     match found["type"]:
+        case "json_invalid" if is_empty:
+            names = ", ".join(model.model_fields)
+            return InvalidRequestError(f"The body is empty. It must be a JSON object with {names}.")
         case "json_invalid":
             return InvalidRequestError(f"The body is not valid JSON. {message}.")
         case "model_type" if param is None:

@@ -27,6 +27,7 @@ def audit(url: str) -> list[Finding]:
     with psycopg.connect(url, connect_timeout=10, application_name="tallygate audit") as connection:
         connection.isolation_level = IsolationLevel.REPEATABLE_READ
         connection.read_only = True
+        connection.prepare_threshold = None  # a pooler may stand in between
         connection.execute("SET LOCAL search_path = tallygate, pg_temp")
         connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
         connection.execute("SET LOCAL statement_timeout = 0")

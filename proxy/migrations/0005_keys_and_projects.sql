@@ -50,7 +50,8 @@ BEGIN
         );
     END LOOP;
 END $$;
-INSERT INTO scope_counters (account_id, scope_id) SELECT a.account_id, a.account_id FROM accounts AS a;
+INSERT INTO scope_counters (account_id, scope_id)
+SELECT a.account_id, a.account_id AS scope_id FROM accounts AS a;
 
 ALTER TABLE open_holds ADD COLUMN project_id uuid, ADD COLUMN scopes uuid[];
 UPDATE open_holds AS h SET scopes = ARRAY[h.key_id] WHERE h.minute IS NOT NULL;

@@ -244,7 +244,13 @@ _DECISIONS = [
     ),
     Guard(
         "an outdated copy of the switches of models is found out (stale)",
-        [Patch(SCHEMA, "coalesce(k.version + v_models, 0)", "coalesce(k.version, 0)")],
+        [
+            Patch(
+                SCHEMA,
+                "WHEN 'charges' THEN 0 ELSE v_models END",
+                "WHEN 'charges' THEN 0 ELSE 0 END",
+            )
+        ],
         [f"{OPERATORS}::test_copy_of_the_switches_that_is_outdated_is_found_out_by_the_ledger"],
     ),
     Guard(
