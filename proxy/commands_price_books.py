@@ -117,7 +117,7 @@ async def _row(on: "Administration", version: int) -> "Row":
 
     row = await on.price_books.version(version)
     if row is None:
-        raise NotDoneError("there is no such version: `tallygate price-book list` shows those that there are")
+        raise NotDoneError("there is no such version: see `tallygate price-book list`")
     return row
 
 

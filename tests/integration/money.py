@@ -88,7 +88,9 @@ class Money:
     def hold(self, amount: int, **changes: object) -> dict[str, object]:
         request = self.request(amount, **changes)
         # As a proxy would that knows what switches of models there are.
-        (switches,) = self.one("SELECT value::integer FROM meta WHERE name = 'models_version'")
+        (switches,) = self.one(
+            "SELECT coalesce(max(value::integer), 0) FROM meta WHERE name = 'models_version'"
+        )
         request["version"] = self.version + switches
         assert self.authorize(request) == ["held"]
         return request

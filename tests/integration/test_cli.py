@@ -1,6 +1,8 @@
 """Accounts, keys, the audit and the doctor from the command line, on a real database."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from proxy.accounts import hash_key
 from proxy.cli import main
 from proxy.db import SCHEMA_VERSION
+from tests.support.service import TALLYGATE
 
 Run = Callable[..., Any]
 
@@ -249,3 +252,19 @@ def test_a_database_that_is_away_is_said(run: Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TALLYGATE_DATABASE_URL", "postgresql://127.0.0.1:1/nothing")
     assert "can't be reached" in run("account", "list", code=2)
     assert "can't be reached" in run("migrate", code=2)
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does when it has seen enough
+    try:
+        done = subprocess.run(
+            [TALLYGATE, "doctor"],
+            env={"TALLYGATE_DATA_DIR": str(tmp_path)},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -79,10 +79,22 @@ def test_guarantees_name_tests_that_exist() -> None:
         assert f"def {name}" in tests, name
 
 
+def headings_of(page: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_between_pages_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    headings = {page: headings_of(page) for page in pages}
+    for page in pages:
+        for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            other = (page.parent / target).resolve() if target else page
+            assert other.exists(), f"{page.name}: {target}"
+            if heading:
+                assert heading in headings[other], f"{page.name}: {target}#{heading}"
 
 
 def test_no_file_names_a_registry_or_a_place_on_a_machine() -> None:
