@@ -279,7 +279,7 @@ async def _starter_key(options: UpOptions, url: str) -> tuple[UUID, NewKey]:
                     )
                     file.write_text(f"{account_id}\n")
                 key = await Keys(pool).create(
-                    account_id, name="starter", settings=KeySettings(), actor="up"
+                    account_id, name="starter", settings=KeySettings(role="manage"), actor="up"
                 )
                 if key is not None:
                     break

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from proxy.api.paths import uuid_or_none
 from proxy.api.web import Handler, notes_of, resource
+from proxy.errors import InvalidRequestError
 
 Caller = TypeVar("Caller")
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -80,6 +81,18 @@ def _guarded(
             for name, text in request.path_params.items()
             if (found := uuid_or_none(str(text))) is not None
         }
-        return await operation.handler(request, await authenticate(request, operation))
+        caller = await authenticate(request, operation)
+        _check_query(request, operation)
+        return await operation.handler(request, caller)
 
     return endpoint
+
+
+def _check_query(request: Request, operation: Operation[Caller]) -> None:
+    """Refuse what no parameter is: a filter that is misspelt would give everything."""
+    known = [parameter.name for parameter in operation.query]
+    for name in request.query_params:
+        if name not in known:
+            takes = f"It takes {', '.join(known)}." if known else "It takes none."
+            message = f"{name[:64]!r} is no query parameter of {operation.path}. {takes}"
+            raise InvalidRequestError(message, param=name[:64])

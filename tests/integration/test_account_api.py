@@ -261,3 +261,10 @@ async def test_postgresql_away_is_503_with_a_time_to_come_back(tmp_path: Path) -
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "metering_unavailable")
         assert answer.headers["retry-after"]
         assert answer.headers["x-request-id"]
+
+
+async def test_query_parameter_that_is_none_is_refused_and_not_ignored(customer: Customer) -> None:
+    error = await customer.refused("/usage", modle="demo")
+    assert error["param"] == "modle"
+    assert "model" in error["message"]
+    assert "takes none" in (await customer.refused("/balance", currency="EUR"))["message"]
