@@ -50,7 +50,7 @@ def test_newer_migrations_are_applied_in_order_and_all_or_nothing(
         migrate(database_url, migrations=tmp_path)
     with psycopg.connect(database_url) as connection:
         names = connection.execute("SELECT name FROM tallygate.meta ORDER BY name").fetchall()
-    assert [name for (name,) in names] == ["a", "b", "schema_version"]
+    assert [name for (name,) in names] == ["a", "b", "models_version", "schema_version"]
 
 
 def test_database_of_a_newer_release_is_refused(database_url: str) -> None:
