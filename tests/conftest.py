@@ -1,9 +1,9 @@
 """What every test may ask for; heavy things are made at their first use and once a worker."""
 
 import signal
+import sys
 from collections.abc import Generator
 
-import coverage
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -33,14 +33,12 @@ def pytest_collection() -> Generator[None, object, object]:
     The plugins above have imported pricing and most of the service by now; whatever is left runs
     in processes of its own as well.
     """
-    measured = coverage.Coverage.current()
-    if measured is None:
-        return (yield)
-    measured.stop()
+    tracer = sys.gettrace()
+    sys.settrace(None)
     try:
         return (yield)
     finally:
-        measured.start()
+        sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The bodies that make and change keys and projects."""
 
+from fnmatch import fnmatchcase
 from ipaddress import ip_network
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -7,6 +8,7 @@ from uuid import UUID
 from pydantic import AfterValidator, Field
 
 from proxy.api.bodies import Body, Budget, Count, Name, Text, TimeToCome, nanos_of
+from proxy.endpoints import ENDPOINTS
 from proxy.keys import KeySettings
 
 Role = Literal["inference", "read-only", "manage"]
@@ -22,6 +24,15 @@ def _network(text: str) -> str:
     return str(ip_network(text))
 
 
+def _endpoint(text: str) -> str:
+    if not any(fnmatchcase(name, text) for name in _ENDPOINTS):
+        msg = f"matches no endpoint; there are {', '.join(_ENDPOINTS)}"
+        raise ValueError(msg)
+    return text
+
+
+# What a key can be used for: the metered endpoints, and charges for actions.
+_ENDPOINTS = (*dict.fromkeys(endpoint.name for endpoint in ENDPOINTS.values()), "charges")
 _Model = Annotated[Text, Field(min_length=1, max_length=256)]
 _Endpoint = Annotated[
     str,
@@ -31,6 +42,7 @@ _Endpoint = Annotated[
         pattern=r"^[a-z0-9._*?-]+$",
         json_schema_extra={"examples": ["chat.completions", "audio.*"]},
     ),
+    AfterValidator(_endpoint),
 ]
 _Network = Annotated[
     str,

@@ -140,6 +140,7 @@ async def test_change_leaves_what_is_left_out_and_null_takes_a_limit_away(side: 
         ({"role": "owner"}, "role"),
         ({"project_id": "north"}, "project_id"),
         ({"allowed_endpoints": ["chat completions"]}, "allowed_endpoints.0"),
+        ({"allowed_endpoints": ["chat"]}, "allowed_endpoints.0"),
         ({"allowed_endpoints": []}, "allowed_endpoints"),
         ({"allowed_networks": ["192.0.2.1/24"]}, "allowed_networks.0"),
         ({"allowed_networks": ["fe80::%eth0/64"]}, "allowed_networks.0"),
