@@ -102,6 +102,16 @@ def test_replicas_are_given_the_time_to_settle() -> None:
     assert set(kept.values()) == {"Retain"}
 
 
+def test_pods_take_no_setting_from_the_name_of_a_service() -> None:
+    manifests: list[dict[str, Any]] = list(
+        yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    )
+    pods = [each["spec"]["template"]["spec"] for each in manifests if "template" in each["spec"]]
+    assert len(pods) == 2
+    # Kubernetes would say TALLYGATE_PORT=tcp://… of the Service that stands in the same file.
+    assert [pod.get("enableServiceLinks") for pod in pods] == [False, False]
+
+
 def test_litellm_beside_the_replicas_is_as_the_doctor_wants_it() -> None:
     document: dict[str, Any] = yaml.safe_load((DEPLOY / "litellm.yaml").read_text())
     assert document["general_settings"]["always_include_stream_usage"]
