@@ -57,7 +57,8 @@ def main() -> int:
             name = "summary"
         else:
             figures = _grow(arguments)
-            text, is_met, name = page(figures), figures.is_met, "growth"
+            name = "traffic" if arguments.traffic else "growth"
+            text, is_met = page(figures), figures.is_met
     except GrowthError as error:
         print(error, file=sys.stderr)
         return 2
@@ -78,6 +79,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="of traffic, on each side")
     parser.add_argument("--seconds", type=float, default=6, help="of a round")
     parser.add_argument("--in-flight", type=int, default=32, help="requests at once")
+    parser.add_argument(
+        "--traffic", action="store_true", help="leave the audits out, which take most of the time"
+    )
     parser.add_argument("--reads", type=int, default=200, help="of each query")
     parser.add_argument("--memory", action="store_true", help="measure a worker's memory instead")
     parser.add_argument("--requests", type=int, default=200_000, help="with --memory")
@@ -120,9 +124,13 @@ def _grow(arguments: argparse.Namespace) -> Figures:
         nothing = load.Shape(0, shape.start, shape.step)
         load.prepare(urls["empty"], nothing)
         load.prepare(urls["grown"], shape)
-        grown = _fill(urls["grown"], shape)
-        sides = _compare(urls, home, arguments)
-        _end(urls["grown"], shape, grown)
+        if arguments.traffic:
+            grown = _fill_at_once(urls["grown"], shape)
+            sides = _compare(urls, home, arguments)
+        else:
+            grown = _fill(urls["grown"], shape)
+            sides = _compare(urls, home, arguments)
+            _end(urls["grown"], shape, grown)
         facts = {
             **machine(home),
             "load average": f"{quietness.load:.1f} before it began, {os.getloadavg()[0]:.1f} at"
@@ -131,6 +139,16 @@ def _grow(arguments: argparse.Namespace) -> Figures:
             "PostgreSQL": _version(server.url()),
         }
         return Figures(grown=grown, sides=sides, machine=facts, in_flight=arguments.in_flight)
+
+
+def _fill_at_once(url: str, shape: load.Shape) -> Grown:
+    """Load everything, and neither audit nor seal it."""
+    load.load(url, shape, 0, shape.requests, progress=_say)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("VACUUM (ANALYZE)")
+        connection.execute("CHECKPOINT")
+        ((size,),) = connection.execute("SELECT pg_database_size(current_database())").fetchall()
+    return Grown(entries=2 * shape.requests + load.ACCOUNTS, accounts=load.ACCOUNTS, bytes=size)
 
 
 def _fill(url: str, shape: load.Shape) -> Grown:

@@ -88,7 +88,7 @@ class Figures:
         throughput = grown.per_second / empty.per_second
         p99 = grown.admission_ms(99) / empty.admission_ms(99)
         processors = (grown.server_us + grown.own_us) / (empty.server_us + empty.own_us)
-        increment = self.grown.timings["increment"]
+        increment = self.grown.timings.get("increment")
         reads = {read.name: read for read in grown.reads}
         return [
             (
@@ -114,10 +114,16 @@ class Figures:
                 )
                 for name in _CUSTOMERS
             ),
-            (
-                f"audit of a day's increment ({increment.entries:,} entries) under 10 s",
-                f"{increment.seconds:.1f} s",
-                increment.seconds < _INCREMENT_S,
+            *(
+                []
+                if increment is None
+                else [
+                    (
+                        f"audit of a day's increment ({increment.entries:,} entries) under 10 s",
+                        f"{increment.seconds:.1f} s",
+                        increment.seconds < _INCREMENT_S,
+                    )
+                ]
             ),
         ]
 
@@ -152,7 +158,7 @@ def page(figures: Figures) -> str:
         ),
         _traffic(figures),
         _reads(figures),
-        _work(grown),
+        *([_work(grown)] if grown.timings else []),
         "; ".join(f"{name}: {told}" for name, told in figures.machine.items()) + ".",
     ]
     return "\n\n".join(parts)
