@@ -264,7 +264,7 @@ async def test_postgresql_away_is_503_with_a_time_to_come_back(tmp_path: Path) -
 
 
 async def test_query_parameter_that_is_none_is_refused_and_not_ignored(customer: Customer) -> None:
-    error = await customer.refused("/usage", modle="demo")
-    assert error["param"] == "modle"
+    error = await customer.refused("/usage", vendor="demo")
+    assert error["param"] == "vendor"
     assert "model" in error["message"]
     assert "takes none" in (await customer.refused("/balance", currency="EUR"))["message"]
