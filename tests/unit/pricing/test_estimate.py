@@ -76,6 +76,8 @@ def test_a_side_without_a_price_has_no_ceiling_unless_it_has_no_tokens() -> None
 
 def test_classes_that_a_request_cannot_have_are_left_out() -> None:
     assert possible_classes() == set(TokenClass)
+    without = {TokenClass.CACHE_CREATION_1H}
+    assert possible_classes(one_hour_cache=False) == set(TokenClass) - without
     assert set(TEXT) == {
         TokenClass.INPUT,
         TokenClass.CACHED_INPUT,
