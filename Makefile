@@ -70,7 +70,7 @@ growth: $(STAMP)
 growth-memory: $(STAMP)
 	$(BIN)/python -m tests.growth --memory --report docs/growth.md
 
-# The locks hold hashes and no address, so that they are right for any registry. PIP_FIND_LINKS
+# The locks hold hashes and no address, so that they are right wherever packages come from. PIP_FIND_LINKS
 # and its kin would leak local files into them.
 lock: $(STAMP)
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml $(LOCK_FLAGS) \
